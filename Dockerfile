@@ -1,0 +1,31 @@
+# lorasb server. CPU by default; for a GPU give another base image and torch index:
+#   docker build --build-arg BASE=nvidia/cuda:13.0.1-runtime-ubuntu24.04 \
+#                --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130 -t lorasb:gpu .
+# Run: docker run -p 127.0.0.1:8000:8000 -v $PWD/data:/data lorasb \
+#        serve /data/model --basis /data/basis.safetensors --adapters /data/adapters \
+#        --host 0.0.0.0 --allow-open
+ARG BASE=python:3.11-slim-bookworm
+FROM ${BASE}
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+
+# Images without Python (the CUDA ones) get Debian's or Ubuntu's own.
+RUN command -v python3 >/dev/null \
+    || (apt-get update && apt-get install -y --no-install-recommends python3 python3-venv \
+        && rm -rf /var/lib/apt/lists/*)
+RUN python3 -m venv /opt/lorasb
+ENV PATH=/opt/lorasb/bin:$PATH PIP_NO_CACHE_DIR=1
+RUN pip install 'torch>=2.13,<2.14' --index-url ${TORCH_INDEX}
+
+WORKDIR /src
+COPY pyproject.toml README.md ./
+COPY lorasb_runtime lorasb_runtime
+COPY server server
+COPY tools tools
+RUN pip install '.[s3]' && rm -rf /src/*
+
+RUN useradd --create-home --uid 10001 lorasb
+USER lorasb
+WORKDIR /home/lorasb
+EXPOSE 8000
+ENTRYPOINT ["lorasb"]
+CMD ["--help"]

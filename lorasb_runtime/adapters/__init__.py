@@ -1,0 +1,1 @@
+"""From an adapter's name to a leased device slot: store, loader, slots."""

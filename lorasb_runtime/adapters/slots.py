@@ -1,0 +1,78 @@
+"""The device table of cores: one row (slot) for each resident adapter version, leased by requests.
+
+Not safe for several threads: the engine's own thread is the only one that touches it.
+"""
+
+from collections import OrderedDict
+
+import torch
+
+from lorasb_runtime.errors import InputError
+
+BASE_SLOT = 0
+
+
+class SlotTable:
+    """cores: [slots, D] on the device, scaled; slot 0 is the base model, all zeros for ever.
+
+    A version stays in its slot while leased and, after that, until its slot is needed: the least
+    recently used version without a lease goes first.
+    """
+
+    def __init__(self, slots: int, size: int, dtype: torch.dtype, device: torch.device) -> None:
+        if slots < 2:
+            raise InputError(f"slots: found {slots}, expected at least 2 (slot 0 is the base)")
+        self.cores = torch.zeros(slots, size, dtype=dtype, device=device)
+        self._free = list(range(slots - 1, BASE_SLOT, -1))
+        self._slot_of: dict[str, int] = {}
+        self._version_of: dict[int, str] = {}
+        self._leases: dict[int, int] = {}
+        self._idle: OrderedDict[int, None] = OrderedDict()
+
+    @property
+    def capacity(self) -> int:
+        """Adapter versions that can be resident at once."""
+        return self.cores.shape[0] - 1
+
+    @property
+    def used(self) -> int:
+        return len(self._slot_of)
+
+    @property
+    def leased(self) -> int:
+        return len(self._leases)
+
+    def lease(self, version: str, cores: torch.Tensor) -> int | None:
+        """The slot that holds `version`, filled from scaled `cores` [D] if need be.
+
+        None when every slot is leased to another version. Each lease is given back by `release`.
+        """
+        slot = self._slot_of.get(version)
+        if slot is None:
+            slot = self._take()
+            if slot is None:
+                return None
+            self.cores[slot].copy_(cores)
+            self._slot_of[version] = slot
+            self._version_of[slot] = version
+        self._idle.pop(slot, None)
+        self._leases[slot] = self._leases.get(slot, 0) + 1
+        return slot
+
+    def release(self, slot: int) -> None:
+        """Give one lease back; the version stays resident until its slot is needed."""
+        left = self._leases[slot] - 1
+        if left:
+            self._leases[slot] = left
+        else:
+            del self._leases[slot]
+            self._idle[slot] = None
+
+    def _take(self) -> int | None:
+        if self._free:
+            return self._free.pop()
+        if not self._idle:
+            return None
+        slot, _ = self._idle.popitem(last=False)
+        del self._slot_of[self._version_of.pop(slot)]
+        return slot

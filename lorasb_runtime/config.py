@@ -1,0 +1,32 @@
+"""Frozen settings of the library; nothing here reads the environment."""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """KV cache: its size in bytes, and the smallest region that a sequence is given (tokens)."""
+
+    nbytes: int = 2 << 30
+    smallest_region: int = 256
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """Limits of one step: sequences running at once, tokens of prefill and decode together."""
+
+    max_num_seqs: int = 64
+    max_batched_tokens: int = 512
+    max_waiting: int = 1024
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """The torch engine: dtype None keeps the checkpoint's, max_model_len None the model's."""
+
+    dtype: str | None = None
+    device: str = "cpu"
+    max_model_len: int | None = None
+    slots: int = 1024
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)

@@ -1,0 +1,1 @@
+"""Engines: whatever satisfies the protocol of `base`. `torch/` is the embedded default."""

@@ -1,0 +1,124 @@
+"""What every engine offers and what it is asked: requests in, chunks of text out.
+
+A request carries its adapter as loaded cores, so a version is fixed when the request is made and
+cannot change under it.
+"""
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, Protocol
+
+if TYPE_CHECKING:
+    from lorasb_runtime.adapters.loader import LoadedAdapter
+    from lorasb_runtime.models.text import TextCodec
+
+FinishReason = Literal["stop", "length", "abort"]
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How tokens are chosen and when a sequence ends; fields and defaults as vLLM names them.
+
+    temperature 0 is greedy. top_k 0 or -1, top_p 1 and min_p 0 switch the filter off.
+    max_tokens None means up to the context's end. logprobs counts the alternatives to report
+    with each token (None: no log-probabilities at all).
+    """
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = field(default_factory=dict)
+    seed: int | None = None
+    max_tokens: int | None = None
+    min_tokens: int = 0
+    stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+    skip_special_tokens: bool = True
+    logprobs: int | None = None
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One prompt and `n` completions of it under one adapter (None: the base model)."""
+
+    request_id: str
+    prompt: tuple[int, ...]
+    sampling: SamplingParams
+    adapter: "LoadedAdapter | None" = None
+    n: int = 1
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """A chosen token with the log-probabilities (natural log, before temperature) around it."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """New output of completion `index`; the last chunk of each has a finish reason.
+
+    `text` never holds part of a stop string or of a multi-byte character. `tokens` are the ids
+    generated since the last chunk, an ending eos or stop token included.
+    """
+
+    index: int
+    text: str
+    tokens: tuple[int, ...]
+    logprobs: tuple[TokenLogprob, ...] = ()
+    finish_reason: FinishReason | None = None
+    stop_reason: str | int | None = None
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """What the engine serves: its context length in tokens and the dtype it computes in."""
+
+    max_model_len: int
+    vocab_size: int
+    dtype: str
+
+
+@dataclass(frozen=True)
+class EngineStats:
+    """Gauges read at any time: sequences, adapter slots and KV tokens in use."""
+
+    running: int
+    waiting: int
+    slots_used: int
+    slots: int
+    kv_tokens_used: int
+    kv_tokens: int
+    steps: int
+
+
+class Engine(Protocol):
+    """Six members: everything that the server needs of an engine."""
+
+    @property
+    def info(self) -> EngineInfo: ...
+
+    @property
+    def codec(self) -> "TextCodec": ...
+
+    def generate(self, request: GenerationRequest) -> AsyncIterator[Chunk]:
+        """Chunks of all the request's completions as they come.
+
+        Raises InputError at the first step for a prompt that does not fit, EngineError when the
+        engine fails. Closing the iterator early (`aclose`) aborts the request.
+        """
+
+    def stats(self) -> EngineStats: ...
+
+    def start(self) -> None: ...
+
+    def close(self) -> None:
+        """Stop; requests still running end with EngineError."""

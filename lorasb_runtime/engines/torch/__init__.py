@@ -1,0 +1,1 @@
+"""The embedded engine: Hugging Face modules, continuous batching, a core of its own per row."""

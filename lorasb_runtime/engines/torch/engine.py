@@ -1,0 +1,237 @@
+"""The embedded engine: one thread that schedules, runs and samples; asyncio on the outside."""
+
+import asyncio
+import logging
+import secrets
+import threading
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+
+from lorasb_runtime.adapters.slots import BASE_SLOT, SlotTable
+from lorasb_runtime.engines.base import Chunk, EngineInfo, EngineStats, GenerationRequest
+from lorasb_runtime.engines.torch.kv_regions import KVRegions
+from lorasb_runtime.engines.torch.output import SequenceOutput
+from lorasb_runtime.engines.torch.runner import ModelRunner
+from lorasb_runtime.engines.torch.sampler import Sampler
+from lorasb_runtime.engines.torch.scheduler import Scheduler
+from lorasb_runtime.engines.torch.sequence import Sequence
+from lorasb_runtime.config import SchedulerConfig
+from lorasb_runtime.errors import EngineError, InputError, LorasbError, OverloadedError
+from lorasb_runtime.models.text import TextCodec
+
+logger = logging.getLogger(__name__)
+
+Event = Chunk | LorasbError
+
+
+@dataclass
+class _Job:
+    """A request inside the engine: its sequences, and where its events go."""
+
+    request: GenerationRequest
+    loop: asyncio.AbstractEventLoop
+    events: "asyncio.Queue[Event]"
+    outputs: dict[Sequence, SequenceOutput] = field(default_factory=dict)
+
+    def send(self, event: Event) -> None:
+        try:
+            self.loop.call_soon_threadsafe(self.events.put_nowait, event)
+        except RuntimeError:  # the caller's loop is closed: nobody is left to tell
+            logger.debug("request %s has no listener", self.request.request_id)
+
+
+class TorchEngine:
+    """Satisfies `engines.base.Engine`. Requests enter by an inbox; only the thread touches state.
+
+    `slots` is None for an engine without a basis, which refuses requests with an adapter.
+    """
+
+    def __init__(
+        self,
+        runner: ModelRunner,
+        codec: TextCodec,
+        info: EngineInfo,
+        regions: KVRegions,
+        slots: SlotTable | None,
+        eos: frozenset[int],
+        limits: SchedulerConfig,
+    ) -> None:
+        self._runner = runner
+        self._codec = codec
+        self._info = info
+        self._regions = regions
+        self._slots = slots
+        self._eos = eos
+        self._limits = limits
+        self._sampler = Sampler(eos)
+        self._scheduler = Scheduler(limits, regions, self._lease, self._release)
+        self._jobs: dict[Sequence, _Job] = {}
+        self._wake = threading.Condition()
+        self._arriving: list[_Job] = []
+        self._leaving: list[_Job] = []
+        self._closing = False
+        self._steps = 0
+        self._thread = threading.Thread(target=self._loop, name="lorasb-engine", daemon=True)
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._info
+
+    @property
+    def codec(self) -> TextCodec:
+        return self._codec
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def close(self) -> None:
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def stats(self) -> EngineStats:
+        slots = self._slots
+        return EngineStats(
+            running=len(self._scheduler.running),
+            waiting=len(self._scheduler.waiting),
+            slots_used=slots.used if slots else 0,
+            slots=slots.capacity if slots else 0,
+            kv_tokens_used=self._regions.used,
+            kv_tokens=self._regions.budget,
+            steps=self._steps,
+        )
+
+    async def generate(self, request: GenerationRequest) -> AsyncIterator[Chunk]:
+        self._check(request)
+        job = _Job(request, asyncio.get_running_loop(), asyncio.Queue())
+        self._post(job, self._arriving)
+        unfinished = request.n
+        try:
+            while unfinished:
+                event = await job.events.get()
+                if isinstance(event, LorasbError):
+                    unfinished = 0
+                    raise event
+                unfinished -= event.finish_reason is not None
+                yield event
+        finally:
+            if unfinished:
+                self._post(job, self._leaving)
+
+    def _check(self, request: GenerationRequest) -> None:
+        """Refuse what can never run, or cannot be queued now."""
+        longest = self._info.max_model_len
+        if not request.prompt:
+            raise InputError("prompt: found no tokens, expected at least one")
+        if len(request.prompt) >= longest:
+            raise InputError(
+                f"prompt: found {len(request.prompt)} tokens, expected fewer than the context "
+                f"of {longest}"
+            )
+        for token in (*request.sampling.logit_bias, *request.sampling.stop_token_ids):
+            if not 0 <= token < self._info.vocab_size:
+                raise InputError(
+                    f"token id: found {token}, expected one below {self._info.vocab_size}"
+                )
+        if request.adapter is not None and self._slots is None:
+            raise InputError("this server has no basis, so it serves no adapters")
+        if len(self._jobs) + request.n > self._limits.max_waiting + self._limits.max_num_seqs:
+            raise OverloadedError(f"{len(self._jobs)} sequences are waiting or running already")
+
+    def _post(self, job: _Job, box: list[_Job]) -> None:
+        with self._wake:
+            if self._closing or not self._thread.is_alive():
+                if box is self._leaving:
+                    return
+                raise EngineError("the engine is not running")
+            box.append(job)
+            self._wake.notify()
+
+    def _loop(self) -> None:
+        while self._take_in():
+            try:
+                self._step()
+            except Exception:
+                logger.exception("a step failed")
+                self._fail_running(EngineError("the engine failed on this request"))
+        for job in {id(job): job for job in self._jobs.values()}.values():
+            job.send(EngineError("the engine was stopped"))
+
+    def _take_in(self) -> bool:
+        """Wait for work, take arrivals and departures in; False when the engine is to stop."""
+        with self._wake:
+            while not (self._closing or self._arriving or self._leaving or self._jobs):
+                self._wake.wait()
+            arriving, self._arriving = self._arriving, []
+            leaving, self._leaving = self._leaving, []
+            closing = self._closing
+        for job in arriving:
+            self._admit(job)
+        for job in leaving:
+            for sequence in list(job.outputs):
+                self._finish(sequence)
+        return not closing
+
+    def _admit(self, job: _Job) -> None:
+        request = job.request
+        params = request.sampling
+        longest = self._info.max_model_len
+        room = longest - len(request.prompt)
+        limit = len(request.prompt) + min(room, params.max_tokens or room)
+        seed = secrets.randbits(63) if params.seed is None else params.seed
+        for index in range(request.n):
+            sequence = Sequence(
+                request.request_id,
+                index,
+                list(request.prompt),
+                len(request.prompt),
+                limit,
+                params,
+                seed,
+                request.adapter,
+            )
+            job.outputs[sequence] = SequenceOutput(sequence, self._codec, self._eos)
+            self._jobs[sequence] = job
+            self._scheduler.add(sequence)
+
+    def _step(self) -> None:
+        step = self._scheduler.schedule()
+        if not step.tokens:
+            return
+        receivers, logits = self._runner.run(step)
+        self._steps += 1
+        for sequence, (token, logprobs) in zip(
+            receivers, self._sampler.choose(receivers, logits), strict=True
+        ):
+            sequence.tokens.append(token)
+            job = self._jobs[sequence]
+            chunk = job.outputs[sequence].push(token, logprobs)
+            if chunk.finish_reason is not None:
+                self._finish(sequence)
+            job.send(chunk)
+
+    def _finish(self, sequence: Sequence) -> None:
+        job = self._jobs.pop(sequence, None)
+        if job is not None:
+            self._scheduler.finish(sequence)
+            job.outputs.pop(sequence)
+
+    def _fail_running(self, error: EngineError) -> None:
+        """End every request that has a sequence in the batch; the waiting ones are not touched."""
+        for job in {id(j): j for j in (self._jobs[s] for s in self._scheduler.running)}.values():
+            for sequence in list(job.outputs):
+                self._finish(sequence)
+            job.send(error)
+
+    def _lease(self, sequence: Sequence) -> int | None:
+        if sequence.adapter is None:
+            return BASE_SLOT
+        assert self._slots is not None
+        return self._slots.lease(sequence.adapter.version, sequence.adapter.cores)
+
+    def _release(self, sequence: Sequence) -> None:
+        if sequence.slot:
+            assert self._slots is not None
+            self._slots.release(sequence.slot)

@@ -1,0 +1,63 @@
+"""From a sequence's tokens to its chunks: text, stop strings, and how it ends. Pure Python."""
+
+from lorasb_runtime.engines.base import Chunk, FinishReason, TokenLogprob
+from lorasb_runtime.engines.torch.sequence import Sequence
+from lorasb_runtime.models.text import TextCodec
+
+
+class SequenceOutput:
+    """Decodes one sequence as it grows; text that may become a stop string is held back."""
+
+    def __init__(self, sequence: Sequence, codec: TextCodec, eos: frozenset[int]) -> None:
+        params = sequence.sampling
+        self._sequence = sequence
+        self._decoder = codec.incremental(skip_special_tokens=params.skip_special_tokens)
+        self._eos = frozenset() if params.ignore_eos else eos
+        self._held = ""
+        self._searched = 0
+
+    def push(self, token: int, logprobs: tuple[TokenLogprob, ...] = ()) -> Chunk:
+        """The chunk for one more token, which the sequence already holds."""
+        reason, stop_reason = self._ending(token)
+        if reason != "stop":
+            self._held += self._decoder.push(token)
+            if reason == "length":
+                self._held += self._decoder.flush()
+        else:
+            self._held += self._decoder.flush()
+        text, stop = self._release(final=reason is not None)
+        if stop is not None:
+            reason, stop_reason = "stop", stop
+        return Chunk(self._sequence.index, text, (token,), logprobs, reason, stop_reason)
+
+    def _ending(self, token: int) -> tuple[FinishReason | None, int | None]:
+        sequence = self._sequence
+        if sequence.generated > sequence.sampling.min_tokens:
+            if token in sequence.sampling.stop_token_ids:
+                return "stop", token
+            if token in self._eos:
+                return "stop", None
+        if len(sequence.tokens) >= sequence.limit:
+            return "length", None
+        return None, None
+
+    def _release(self, *, final: bool) -> tuple[str, str | None]:
+        """Text that is certain now, and the stop string that it ran into, if any."""
+        stops = self._sequence.sampling.stop
+        if self._sequence.generated > self._sequence.sampling.min_tokens:
+            found = [(self._held.find(stop), stop) for stop in stops if stop in self._held]
+            if found:
+                at, stop = min(found, key=lambda pair: pair[0])
+                return self._held[:at], stop
+        keep = 0 if final else max((_overlap(self._held, stop) for stop in stops), default=0)
+        cut = len(self._held) - keep
+        text, self._held = self._held[:cut], self._held[cut:]
+        return text, None
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that starts `stop`."""
+    for length in range(min(len(text), len(stop) - 1), 0, -1):
+        if stop.startswith(text[-length:]):
+            return length
+    return 0

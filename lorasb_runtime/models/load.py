@@ -1,0 +1,59 @@
+"""Load Hugging Face causal language models and their tokenizers, from a local folder only."""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
+
+from lorasb_runtime.errors import InputError
+
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
+
+
+def parse_dtype(name: str) -> torch.dtype:
+    """A dtype by its name. Raises InputError for one that is not supported."""
+    if name not in DTYPES:
+        raise InputError(f"dtype: found {name!r}, expected one of {', '.join(DTYPES)}")
+    return DTYPES[name]
+
+
+def load_causal_lm(
+    folder: Path, dtype: torch.dtype | None = None, *, attention: str = "sdpa"
+) -> PreTrainedModel:
+    """The model in evaluation mode, every weight frozen; `dtype` None keeps the checkpoint's.
+
+    Raises InputError when transformers cannot load the folder as a causal language model.
+    """
+    disable_progress_bar()
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        model = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype or "auto",
+            attn_implementation=attention,
+            local_files_only=True,
+            use_safetensors=True,
+        )
+    except (ValueError, OSError, KeyError, ImportError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{folder}: not loadable as a causal language model ({reason})") from None
+    model.eval()
+    model.requires_grad_(False)
+    loaded: PreTrainedModel = model
+    return loaded
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The checkpoint's own transformers tokenizer. Raises InputError where there is none."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except (ValueError, OSError, KeyError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{folder}: no usable tokenizer ({reason})") from None

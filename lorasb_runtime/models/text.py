@@ -1,0 +1,90 @@
+"""Text to tokens and back: encoding, the chat template, and decoding one token at a time."""
+
+from typing import Any
+
+from lorasb_runtime.errors import InputError
+
+REPLACEMENT = "\ufffd"  # what a decoder writes for an unfinished multi-byte character
+
+
+class TextCodec:
+    """A model's transformers tokenizer, behind the few verbs that engines and server use."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def encode(self, text: str, *, special_tokens: bool = True) -> list[int]:
+        """Token ids; with `special_tokens` the tokenizer's default ones are added."""
+        ids: list[int] = self.tokenizer.encode(text, add_special_tokens=special_tokens)
+        return ids
+
+    def encode_chat(
+        self, messages: list[dict[str, Any]], *, generation_prompt: bool = True
+    ) -> list[int]:
+        """Token ids of a conversation in the model's chat template, ready for the answer.
+
+        Raises InputError when the model has no template or the template refuses the messages.
+        """
+        if not self.tokenizer.chat_template:
+            raise InputError("this model has no chat template; use plain prompts instead")
+        try:
+            text = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=generation_prompt
+            )
+        except Exception as error:  # Jinja templates raise whatever their authors chose
+            raise InputError(f"the chat template refuses these messages: {error}") from None
+        return self.encode(text, special_tokens=False)
+
+    def decode(self, ids: list[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of token ids, spaces left as they are."""
+        text: str = self.tokenizer.decode(
+            ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    def token_text(self, token: int) -> str:
+        """One token's text by itself, special tokens included."""
+        return self.decode([token], skip_special_tokens=False)
+
+    @property
+    def eos_token_id(self) -> int | None:
+        token: int | None = self.tokenizer.eos_token_id
+        return token
+
+    def incremental(self, *, skip_special_tokens: bool = True) -> "IncrementalDecoder":
+        return IncrementalDecoder(self, skip_special_tokens)
+
+
+class IncrementalDecoder:
+    """Turns tokens into text as they come; never gives out half of a multi-byte character.
+
+    Decodes a short window twice, without and with the new token, and gives out the difference:
+    tokenizers that put a space before a word need the tokens before it.
+    """
+
+    def __init__(self, codec: TextCodec, skip_special_tokens: bool) -> None:
+        self._codec = codec
+        self._skip = skip_special_tokens
+        self._window: list[int] = []
+        self._given = 0  # tokens of the window whose text has been given out
+
+    def push(self, token: int) -> str:
+        """The text that has become certain with `token`; empty while a character is unfinished."""
+        self._window.append(token)
+        text = self._decode(self._window)
+        if text.endswith(REPLACEMENT):
+            return ""
+        return self._advance(text)
+
+    def flush(self) -> str:
+        """What is left at the end of the sequence, an unfinished character included."""
+        return self._advance(self._decode(self._window))
+
+    def _advance(self, text: str) -> str:
+        before = self._decode(self._window[: self._given])
+        self._window = self._window[self._given :]
+        self._given = len(self._window)
+        return text[len(before) :]
+
+    def _decode(self, ids: list[int]) -> str:
+        return self._codec.decode(ids, skip_special_tokens=self._skip)

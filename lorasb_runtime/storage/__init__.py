@@ -1,0 +1,1 @@
+"""Files on disk: bases, adapters, Hugging Face checkpoints. Knows no network, model or engine."""

@@ -1,0 +1,81 @@
+"""Write a file or a folder aside, then rename it: readers see the old one, the new one or none."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lorasb_runtime.errors import ConflictError
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Replace `path` by `data` in one step that survives a crash (write aside, fsync, rename)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(fd, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(aside, 0o666 & ~_umask())
+        os.replace(aside, path)
+    except BaseException:
+        Path(aside).unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+@contextmanager
+def new_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
+    """Yield a scratch folder beside `path` that becomes `path` when the block ends well.
+
+    Raises ConflictError when `path` exists with something in it and `force` is false. With
+    `force` the old folder is moved aside before the new one takes its name, and then deleted.
+    """
+    if path.exists() and not force and (not path.is_dir() or any(path.iterdir())):
+        raise ConflictError(f"{path}: already exists; choose another output or pass --force")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+    try:
+        yield aside
+        os.chmod(aside, 0o777 & ~_umask())
+        for file in aside.rglob("*"):
+            if file.is_file():
+                sync_file(file)
+        sync_folder(aside)
+        _swap(aside, path)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _swap(aside: Path, path: Path) -> None:
+    old = aside.with_suffix(".old")
+    if path.exists():
+        os.replace(path, old)
+    os.replace(aside, path)
+    sync_folder(path.parent)
+    if old.is_dir() and not old.is_symlink():
+        shutil.rmtree(old)
+    else:
+        old.unlink(missing_ok=True)
+
+
+def sync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def sync_folder(path: Path) -> None:
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,127 @@
+"""Hugging Face checkpoint folders: which file holds which tensor, and the model's fingerprint.
+
+Reads safetensors only; a folder of pickled weights is refused.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorasb_runtime.errors import FileFormatError, NotFoundError
+from lorasb_runtime.storage import tensor_file
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+
+# Config entries that say who wrote the file, not what the model computes.
+VOLATILE_CONFIG = ("_name_or_path", "_commit_hash", "transformers_version", "dtype", "torch_dtype")
+SAMPLE_BLOCK_BYTES = 4096
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """Where one tensor lies: `offset` counts from the file's start; dtype as safetensors names."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint folder: its config, its shards in order and every tensor's place."""
+
+    folder: Path
+    config: dict[str, Any]
+    shards: tuple[str, ...]
+    tensors: dict[str, TensorEntry]
+
+    def weight_name(self, module: str) -> str:
+        """The tensor that holds `module`'s weight.
+
+        A checkpoint may leave out the model class' own prefix (`h.0...` for `transformer.h.0...`).
+        Raises NotFoundError where there is none, as for a tied output embedding.
+        """
+        for name in (f"{module}.weight", f"{module.partition('.')[2]}.weight"):
+            if name in self.tensors:
+                return name
+        raise NotFoundError(
+            f"{self.folder}: found no tensor for module {module}, expected {module}.weight"
+        )
+
+
+def open_checkpoint(folder: str | Path) -> Checkpoint:
+    """Read config, index and shard headers (no weights). Raises NotFoundError, FileFormatError."""
+    folder = Path(folder)
+    config = _read_json(folder / "config.json")
+    shards = _shard_names(folder)
+    tensors: dict[str, TensorEntry] = {}
+    for shard in shards:
+        header, start = tensor_file.read_header(folder / shard)
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            begin, end = entry["data_offsets"]
+            if start + end > (folder / shard).stat().st_size:
+                raise FileFormatError(
+                    str(folder / shard), "a file cut short", f"all the bytes of {name}"
+                )
+            tensors[name] = TensorEntry(
+                shard, entry["dtype"], tuple(entry["shape"]), start + begin, end - begin
+            )
+    return Checkpoint(folder, config, shards, tensors)
+
+
+def fingerprint(checkpoint: Checkpoint) -> str:
+    """Digest that identifies the base model, the same however the weights are sharded.
+
+    Covers the config, every tensor's name, shape and dtype, and three sampled blocks of its bytes
+    (start, middle, end), so that a 70B checkpoint takes about a second.
+    """
+    sha = hashlib.sha256()
+    config = {k: v for k, v in checkpoint.config.items() if k not in VOLATILE_CONFIG}
+    sha.update(json.dumps(config, sort_keys=True).encode())
+    files = {shard: (checkpoint.folder / shard).open("rb") for shard in checkpoint.shards}
+    try:
+        for name in sorted(checkpoint.tensors):
+            entry = checkpoint.tensors[name]
+            sha.update(f"|{name}|{entry.dtype}|{list(entry.shape)}|".encode())
+            last = max(0, entry.nbytes - SAMPLE_BLOCK_BYTES)
+            for start in (0, last // 2, last):
+                files[entry.file].seek(entry.offset + start)
+                sha.update(files[entry.file].read(min(SAMPLE_BLOCK_BYTES, entry.nbytes)))
+    finally:
+        for file in files.values():
+            file.close()
+    return f"sha256:{sha.hexdigest()}"
+
+
+def _shard_names(folder: Path) -> tuple[str, ...]:
+    if (folder / INDEX).is_file():
+        weight_map = _read_json(folder / INDEX).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise FileFormatError(str(folder / INDEX), "no weight_map", "tensor names and files")
+        shards = tuple(sorted(set(weight_map.values())))
+        for shard in shards:
+            if Path(shard).name != shard or not (folder / shard).is_file():
+                raise FileFormatError(str(folder), f"no shard {shard!r}", "each file of the index")
+        return shards
+    if (folder / SINGLE).is_file():
+        return (SINGLE,)
+    raise FileFormatError(str(folder), f"neither {SINGLE} nor {INDEX}", "safetensors weights")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise NotFoundError(f"{path}: no such file; expected a model folder with it") from None
+    except ValueError as error:
+        raise FileFormatError(str(path), f"no JSON ({error})", "a JSON object") from None
+    if not isinstance(value, dict):
+        raise FileFormatError(str(path), "another kind of JSON", "a JSON object")
+    return value

@@ -1,0 +1,51 @@
+"""Random bases and strong random adapters for tests, and the float64 reference on the side."""
+
+from pathlib import Path
+
+import torch
+
+from lorasb_runtime.models.load import load_causal_lm
+from lorasb_runtime.models.locate import identify
+from lorasb_runtime.models.targets import find_targets, weight_of
+from lorasb_runtime.storage.adapter_file import Adapter, parse_adapter, serialize_adapter
+from lorasb_runtime.storage.basis_file import Basis
+from lorasb_runtime.storage.checkpoint import open_checkpoint
+
+
+def random_basis(
+    folder: Path, rank: int = 4, *, scaling: float = 1.0, seed: int = 0, pattern: str | None = None
+) -> Basis:
+    """Orthonormal random B and A for every target of the model in `folder`."""
+    targets = find_targets(load_causal_lm(folder), rank, pattern)
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for t in targets:
+        a = torch.randn(t.in_features, t.rank, generator=generator)
+        b = torch.randn(t.out_features, t.rank, generator=generator)
+        tensors[f"{t.module}.A"] = torch.linalg.qr(a).Q.t().contiguous()
+        tensors[f"{t.module}.B"] = torch.linalg.qr(b).Q.contiguous()
+    identity = identify(str(folder), open_checkpoint(folder))
+    return Basis(targets, tensors, "lora-sb", scaling, identity)
+
+
+def random_adapter(basis: Basis, seed: int, strength: float = 1.0, name: str = "") -> Adapter:
+    """Cores of normal noise, strong enough to change what the model says."""
+    generator = torch.Generator().manual_seed(1000 + seed)
+    cores = strength * torch.randn(basis.size, generator=generator)
+    adapter = Adapter(cores, basis.digest, name or f"a{seed}", basis.base_model)
+    return parse_adapter(serialize_adapter(adapter), "test adapter")
+
+
+def reference_logits(
+    folder: Path, basis: Basis, adapter: Adapter | None, tokens: list[int]
+) -> torch.Tensor:
+    """Logits [tokens, vocab] of W0 + scaling * B @ R @ A, all of it in float64."""
+    model = load_causal_lm(folder, torch.float64)
+    if adapter is not None:
+        for index, target in enumerate(basis.targets):
+            core = basis.core(adapter.cores, index).double()
+            b, a = basis.b(target.module).double(), basis.a(target.module).double()
+            weight_of(model.get_submodule(target.module)).add_(basis.scaling * (b @ core @ a))
+    with torch.inference_mode():
+        logits: torch.Tensor = model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0]
+    return logits

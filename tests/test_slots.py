@@ -1,0 +1,58 @@
+"""Slots: leases, reuse, eviction of the least recently used."""
+
+import pytest
+import torch
+
+from lorasb_runtime.adapters.slots import SlotTable
+from lorasb_runtime.errors import InputError
+
+
+def table(slots: int) -> SlotTable:
+    return SlotTable(slots, 4, torch.float32, torch.device("cpu"))
+
+
+def cores(value: float) -> torch.Tensor:
+    return torch.full((4,), value)
+
+
+def test_slot_zero_is_the_base_and_never_given_out() -> None:
+    t = table(4)
+    taken = {t.lease(f"v{i}", cores(i + 1)) for i in range(3)}
+    assert taken == {1, 2, 3}
+    assert not t.cores[0].any()
+
+
+def test_one_version_has_one_slot_however_many_leases() -> None:
+    t = table(3)
+    first, second = t.lease("v", cores(1)), t.lease("v", cores(1))
+    assert first == second and t.used == 1 and t.leased == 1
+    assert first
+    t.release(first)
+    assert t.leased == 1
+    t.release(first)
+    assert t.leased == 0 and t.used == 1
+
+
+def test_the_least_recently_used_idle_version_goes_first() -> None:
+    t = table(3)
+    a, b = t.lease("a", cores(1)), t.lease("b", cores(2))
+    assert a and b
+    t.release(b)
+    t.release(a)
+    assert t.lease("c", cores(3)) == b
+    assert t.cores[b].tolist() == [3, 3, 3, 3]
+    assert t.cores[a].tolist() == [1, 1, 1, 1]
+
+
+def test_leased_versions_are_never_evicted() -> None:
+    t = table(3)
+    a, b = t.lease("a", cores(1)), t.lease("b", cores(2))
+    assert t.lease("c", cores(3)) is None
+    assert a and b
+    t.release(b)
+    assert t.lease("c", cores(3)) == b
+
+
+def test_a_table_without_room_for_an_adapter_is_refused() -> None:
+    with pytest.raises(InputError, match="found 1, expected at least 2"):
+        table(1)

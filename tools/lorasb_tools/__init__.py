@@ -1,0 +1,1 @@
+"""The `lorasb` command: each file parses flags, makes one runtime call and reports."""

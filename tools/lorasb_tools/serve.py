@@ -1,0 +1,153 @@
+"""`lorasb serve`: the OpenAI-compatible server on one model, one basis and one adapter store."""
+
+import ipaddress
+import logging
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from lorasb_runtime.config import CacheConfig, EngineConfig, SchedulerConfig
+from lorasb_runtime.errors import InputError
+from lorasb_tools.report import note
+
+if TYPE_CHECKING:
+    from lorasb_runtime.adapters.loader import AdapterLoader
+    from lorasb_runtime.engines.torch.engine import TorchEngine
+    from lorasb_runtime.storage.basis_file import Basis
+
+MEMORY_STORE = "memory://lorasb"
+ENGINES = ("torch",)
+
+
+def serve(
+    model: str = typer.Argument(help="Hugging Face id or local folder."),
+    basis: Path | None = typer.Option(None, help="Basis file that all adapters share."),
+    adapters: str | None = typer.Option(None, help="Adapter store: a folder or fsspec URL."),
+    engine: str = typer.Option("torch", help=f"One of: {', '.join(ENGINES)}."),
+    dtype: str | None = typer.Option(
+        None, help="bfloat16, float16 or float32; the checkpoint's own by default."
+    ),
+    host: str = typer.Option("127.0.0.1", help="Address to listen on."),
+    port: int = typer.Option(8000, min=0, max=65535, help="Port to listen on; 0 chooses one."),
+    allow_open: bool = typer.Option(
+        False, help="Listen beyond loopback although anyone who reaches the port may do anything."
+    ),
+    merged: str | None = typer.Option(
+        None, help="Fold this adapter into the weights at start and serve that model alone."
+    ),
+    served_model_name: str | None = typer.Option(
+        None, help="Name of the base model; by default the id, or the folder's own name."
+    ),
+    refresh: float = typer.Option(
+        1.0, min=0.0, help="Seconds after which a change in the store is seen."
+    ),
+    slots: int = typer.Option(1024, min=2, help="Adapters resident on the device, base included."),
+    max_model_len: int | None = typer.Option(None, min=2, help="Context length in tokens."),
+    max_num_seqs: int = typer.Option(64, min=1, help="Sequences that run at once."),
+    max_batched_tokens: int = typer.Option(512, min=1, help="Tokens computed in one step."),
+    kv_cache_gib: float = typer.Option(2.0, min=0.001, help="Memory of the KV cache."),
+    device: str = typer.Option("cpu", help="torch device; others than cpu are untested."),
+) -> None:
+    """Serve MODEL with a different adapter for each request, over OpenAI's HTTP API."""
+    from lorasb_runtime.models.locate import locate_model, model_name
+    from lorasb_server.app import create_app
+    from lorasb_server.run import run_server
+    from lorasb_server.settings import ServerConfig
+
+    logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
+    _check_flags(engine, host, allow_open, basis, adapters, merged)
+    config = EngineConfig(
+        dtype=dtype,
+        device=device,
+        max_model_len=max_model_len,
+        slots=slots,
+        cache=CacheConfig(nbytes=int(kv_cache_gib * (1 << 30))),
+        scheduler=SchedulerConfig(max_num_seqs, max_batched_tokens),
+    )
+    note(f"lorasb: loading {model}")
+    folder = locate_model(model)
+    loader = _open_loader(folder, basis, adapters, refresh)
+    name = served_model_name or model_name(model)
+    aliases: tuple[str, ...] = () if served_model_name else (model,)
+    if merged is not None:
+        assert loader is not None
+        built = _merged_engine(folder, loader, merged, config)
+        name, aliases, loader = merged, (), None
+    else:
+        built = _engine(folder, loader.basis if loader else None, config)
+    settings = ServerConfig(model_name=name, model_aliases=aliases, created=int(time.time()))
+    run_server(create_app(built, loader, settings), host, port)
+
+
+def _check_flags(
+    engine: str,
+    host: str,
+    allow_open: bool,
+    basis: Path | None,
+    adapters: str | None,
+    merged: str | None,
+) -> None:
+    if engine not in ENGINES:
+        raise InputError(f"engine: found {engine!r}, expected one of {', '.join(ENGINES)}")
+    if adapters is not None and basis is None:
+        raise InputError("--adapters needs --basis: adapters mean nothing without their basis")
+    if merged is not None and adapters is None:
+        raise InputError("--merged needs --basis and --adapters, where the adapter is")
+    if not (allow_open or _is_loopback(host)):
+        raise InputError(
+            f"host: found {host!r}, expected a loopback address; anyone who reaches the port "
+            "could use and change every adapter (--allow-open if that is meant)"
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _open_loader(
+    folder: Path, basis: Path | None, adapters: str | None, refresh: float
+) -> "AdapterLoader | None":
+    from lorasb_runtime.adapters.loader import AdapterLoader
+    from lorasb_runtime.adapters.store import AdapterStore
+    from lorasb_runtime.storage.basis_file import load_basis
+    from lorasb_runtime.storage.checkpoint import open_checkpoint
+    from lorasb_runtime.storage.match import check_model
+
+    if basis is None:
+        return None
+    if adapters is None:
+        note("lorasb: no --adapters; adapters put here live in memory and end with the server")
+        adapters = MEMORY_STORE
+    loaded = load_basis(basis)
+    check_model(loaded, open_checkpoint(folder), str(basis))
+    return AdapterLoader(AdapterStore(adapters), loaded, refresh=refresh)
+
+
+def _engine(folder: Path, basis: "Basis | None", config: EngineConfig) -> "TorchEngine":
+    from lorasb_runtime.engines.torch.build import load_engine
+
+    return load_engine(folder, basis, config)
+
+
+def _merged_engine(
+    folder: Path, loader: "AdapterLoader", name: str, config: EngineConfig
+) -> "TorchEngine":
+    import torch
+
+    from lorasb_runtime.adapters.names import parse_name
+    from lorasb_runtime.engines.torch.build import build_engine
+    from lorasb_runtime.engines.torch.runner import load_model
+    from lorasb_runtime.merging.fold import fold_into_model
+    from lorasb_runtime.models.load import load_tokenizer, parse_dtype
+    from lorasb_runtime.models.text import TextCodec
+
+    cores = loader.get(parse_name(name)).cores
+    dtype = parse_dtype(config.dtype) if config.dtype else None
+    model = load_model(folder, dtype, torch.device(config.device))
+    fold_into_model(model, loader.basis, cores)
+    return build_engine(model, TextCodec(load_tokenizer(folder)), None, config)
