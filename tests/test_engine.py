@@ -109,9 +109,7 @@ def test_each_row_of_a_mixed_batch_has_the_logits_of_its_own_weights(
     rng = random.Random(3)
     owners: list[Adapter | None] = [None, *adapters, None, adapters[0]]
     prompts = [[rng.randrange(3, 250) for _ in range(rng.randint(1, 50))] for _ in owners]
-    lease = {
-        id(a): slots.lease(a.version, scale_core(a.cores, basis.scaling)) for a in adapters
-    }
+    lease = {id(a): slots.lease(a.version, scale_core(a.cores, basis.scaling)) for a in adapters}
     sequences = [Sequence(str(i), 0, p, len(p), 99, GREEDY, 0) for i, p in enumerate(prompts)]
     slot_of = {
         s.request_id: (lease[id(a)] if a else 0) for s, a in zip(sequences, owners, strict=True)

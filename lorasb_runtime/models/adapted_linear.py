@@ -33,9 +33,7 @@ class AdaptedLinear(nn.Module):
     a: torch.Tensor
     b: torch.Tensor
 
-    def __init__(
-        self, base: nn.Module, a: torch.Tensor, b: torch.Tensor, core: CoreSource
-    ) -> None:
+    def __init__(self, base: nn.Module, a: torch.Tensor, b: torch.Tensor, core: CoreSource) -> None:
         super().__init__()
         self.base = base
         weight = weight_of(base)

@@ -16,11 +16,16 @@ def is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear | Conv1D)
 
 
+def is_transposed(module: nn.Module) -> bool:
+    """Whether the layer stores its weight as [in, out]."""
+    return isinstance(module, Conv1D)
+
+
 def weight_of(module: nn.Module) -> torch.Tensor:
     """The weight as [out, in], whichever way round the layer stores it."""
     weight = module.weight
     assert isinstance(weight, torch.Tensor)
-    return weight.t() if isinstance(module, Conv1D) else weight
+    return weight.t() if is_transposed(module) else weight
 
 
 def find_targets(
@@ -62,4 +67,4 @@ def _describe(name: str, module: nn.Module, rank: int) -> TargetModule:
             f"rank: found {rank}, expected at most {min(out_features, in_features)}, "
             f"as {name} is {out_features} x {in_features}"
         )
-    return TargetModule(name, rank, in_features, out_features, isinstance(module, Conv1D))
+    return TargetModule(name, rank, in_features, out_features, is_transposed(module))

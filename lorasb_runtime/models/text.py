@@ -23,17 +23,25 @@ class TextCodec:
     ) -> list[int]:
         """Token ids of a conversation in the model's chat template, ready for the answer.
 
+        Raises InputError as `render_chat` does.
+        """
+        text = self.render_chat(messages, generation_prompt=generation_prompt)
+        return self.encode(text, special_tokens=False)
+
+    def render_chat(self, messages: list[dict[str, Any]], *, generation_prompt: bool) -> str:
+        """A conversation's text in the model's chat template.
+
         Raises InputError when the model has no template or the template refuses the messages.
         """
         if not self.tokenizer.chat_template:
             raise InputError("this model has no chat template; use plain prompts instead")
         try:
-            text = self.tokenizer.apply_chat_template(
+            text: str = self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=generation_prompt
             )
         except Exception as error:  # Jinja templates raise whatever their authors chose
             raise InputError(f"the chat template refuses these messages: {error}") from None
-        return self.encode(text, special_tokens=False)
+        return text
 
     def decode(self, ids: list[int], *, skip_special_tokens: bool = True) -> str:
         """The text of token ids, spaces left as they are."""

@@ -7,13 +7,20 @@ from typing import Any
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 JSON_FLAG = typer.Option(False, "--json", help="Print the result as one JSON object.")
 
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
-Advance = Callable[[int, str], None]
+Report = Callable[[str, int, int, str], None]
 
 
 def emit(result: dict[str, Any], text: str, as_json: bool) -> None:
@@ -27,19 +34,24 @@ def note(text: str) -> None:
 
 
 @contextmanager
-def progress(description: str, total: int) -> Iterator[Advance]:
-    """A progress bar on stderr; the yielded function takes the units done and a short note."""
+def phases() -> Iterator[Report]:
+    """Progress bars on stderr, one for each phase that is reported.
+
+    The yielded function takes the phase's name, the units done, their total and a short note.
+    """
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
     )
-    with Progress(*columns, console=stderr, transient=False) as bar:
-        task = bar.add_task(description, total=total, note="")
+    tasks: dict[str, TaskID] = {}
+    with Progress(*columns, console=stderr) as bar:
 
-        def advance(completed: int, text: str = "") -> None:
-            bar.update(task, completed=completed, note=text)
+        def report(phase: str, done: int, total: int, text: str = "") -> None:
+            if phase not in tasks:
+                tasks[phase] = bar.add_task(phase, total=total, note=text)
+            bar.update(tasks[phase], completed=done, total=total, note=text)
 
-        yield advance
+        yield report

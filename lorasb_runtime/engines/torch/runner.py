@@ -112,7 +112,9 @@ def check_attention(model: PreTrainedModel) -> None:
             found.append(_probe(model, cache, region, tokens, position, position + 1))
     except (ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{name}: architecture not supported by the torch engine ({reason})") from None
+        raise InputError(
+            f"{name}: architecture not supported by the torch engine ({reason})"
+        ) from None
     off = (torch.cat(found) - expected).abs().max().item()
     allowed = expected.abs().max().item() * (1e-3 if model.dtype == torch.float32 else 0.1)
     if not off <= allowed:
@@ -123,7 +125,12 @@ def check_attention(model: PreTrainedModel) -> None:
 
 
 def _probe(
-    model: PreTrainedModel, cache: KVCache, region: Region, tokens: torch.Tensor, start: int, end: int
+    model: PreTrainedModel,
+    cache: KVCache,
+    region: Region,
+    tokens: torch.Tensor,
+    start: int,
+    end: int,
 ) -> torch.Tensor:
     """Logits [end - start, vocab] of a piece of the probe prompt: a chunk, or one decode step."""
     ids = tokens[0, :end].tolist()

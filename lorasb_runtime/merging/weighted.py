@@ -1,0 +1,41 @@
+"""Adapters with weights, as users name them and as merge methods take them."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lorasb_runtime.errors import InputError
+from lorasb_runtime.storage.adapter_file import Adapter, load_adapter
+from lorasb_runtime.storage.basis_file import Basis
+
+
+@dataclass(frozen=True)
+class WeightedAdapter:
+    """An adapter of the basis at hand and what it is multiplied by; never normalised."""
+
+    adapter: Adapter
+    weight: float
+
+
+# From adapters of one basis to one flat vector of cores [D], float64.
+CombineCores = Callable[[Sequence[WeightedAdapter]], torch.Tensor]
+
+
+def load_weighted(text: str, basis: Basis) -> WeightedAdapter:
+    """Read `FILE` or `FILE=WEIGHT`; a file whose whole name holds the `=` is found first.
+
+    Raises InputError for a weight that is no finite number, and what `load_adapter` raises.
+    """
+    path, equals, weight = text.rpartition("=")
+    if not equals or Path(text).is_file():
+        return WeightedAdapter(load_adapter(text, basis), 1.0)
+    try:
+        value = float(weight)
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise InputError(f"{text}: found weight {weight!r}, expected a finite number")
+    return WeightedAdapter(load_adapter(path, basis), value)

@@ -1,0 +1,1 @@
+"""Training data, gradients, deriving bases, training cores."""

@@ -1,0 +1,1 @@
+"""lorasb's HTTP server: OpenAI's API on any engine, and the adapters behind it."""

@@ -1,0 +1,111 @@
+"""/v1/adapters: list, look at, publish, delete and roll back adapters."""
+
+import asyncio
+from typing import Any
+
+from fastapi import APIRouter, Request
+
+from lorasb_runtime.adapters.names import AdapterName, parse_name
+from lorasb_runtime.adapters.store import AdapterStore, StoredVersion
+from lorasb_runtime.errors import ConflictError, NotFoundError, TooLargeError
+from lorasb_server.schemas.sampling import Strict
+from lorasb_server.service import Service
+
+HEADER_ALLOWANCE = 1 << 20  # bytes of an adapter file besides its numbers
+
+
+class RollbackRequest(Strict):
+    """Without a version: the newest one stored before the current."""
+
+    version: str | None = None
+
+
+def adapter_routes(service: Service) -> APIRouter:
+    router = APIRouter(prefix="/v1/adapters")
+
+    @router.get("")
+    async def list_adapters() -> dict[str, Any]:
+        store = service.need_loader().store
+
+        def cards() -> list[dict[str, Any]]:
+            return [_card(store, name) for name in store.names()]
+
+        return {"object": "list", "data": await asyncio.to_thread(cards)}
+
+    @router.get("/{name:path}/versions")
+    async def list_versions(name: str) -> dict[str, Any]:
+        store = service.need_loader().store
+        versions = await asyncio.to_thread(store.versions, parse_name(name))
+        return {"object": "list", "data": [_version(v) for v in versions]}
+
+    @router.post("/{name:path}/rollback")
+    async def roll_back(name: str, body: RollbackRequest | None = None) -> dict[str, Any]:
+        loader = service.need_loader()
+        version = body.version if body else None
+        loaded = await asyncio.to_thread(loader.rollback, parse_name(name), version)
+        return {"name": str(loaded.name), "version": loaded.version}
+
+    @router.get("/{name:path}")
+    async def get_adapter(name: str) -> dict[str, Any]:
+        return await asyncio.to_thread(_card, service.need_loader().store, parse_name(name))
+
+    @router.put("/{name:path}")
+    async def put_adapter(name: str, request: Request) -> dict[str, Any]:
+        loader = service.need_loader()
+        target = parse_name(name)
+        if service.config.is_base(str(target)):
+            raise ConflictError(f"{target}: this name is the base model's")
+        data = await _read_body(request, 4 * loader.basis.size + HEADER_ALLOWANCE)
+        previous = await asyncio.to_thread(_current, loader.store, target)
+        loaded = await asyncio.to_thread(loader.publish, target, data)
+        return {
+            "name": str(target),
+            "version": loaded.version,
+            "previous": previous,
+            "bytes": len(data),
+        }
+
+    @router.delete("/{name:path}")
+    async def delete_adapter(name: str) -> dict[str, Any]:
+        target = parse_name(name)
+        await asyncio.to_thread(service.need_loader().delete, target)
+        return {"name": str(target), "deleted": True}
+
+    return router
+
+
+async def _read_body(request: Request, limit: int) -> bytes:
+    """The body's bytes. Raises TooLargeError as soon as it is known to exceed `limit`."""
+    announced = request.headers.get("content-length", "")
+    if announced.isdigit() and int(announced) > limit:
+        raise TooLargeError(f"adapter too large: found {announced} bytes, at most {limit} fit")
+    data = bytearray()
+    async for piece in request.stream():
+        data += piece
+        if len(data) > limit:
+            raise TooLargeError(f"adapter too large: found over {limit} bytes, which is the most")
+    return bytes(data)
+
+
+def _current(store: AdapterStore, name: AdapterName) -> str | None:
+    try:
+        return store.current(name)
+    except NotFoundError:
+        return None
+
+
+def _card(store: AdapterStore, name: AdapterName) -> dict[str, Any]:
+    versions = store.versions(name)
+    current = next((v for v in versions if v.current), None)
+    if current is None:
+        raise NotFoundError(f"adapter {str(name)!r}: its current version is not in the store")
+    return {"name": str(name), "versions": len(versions), **_version(current)}
+
+
+def _version(version: StoredVersion) -> dict[str, Any]:
+    return {
+        "version": version.version,
+        "bytes": version.nbytes,
+        "modified": version.modified.isoformat() if version.modified else None,
+        "current": version.current,
+    }

@@ -1,0 +1,64 @@
+"""The FastAPI application, put together from its routes."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse, Response
+
+from lorasb_runtime.adapters.loader import AdapterLoader
+from lorasb_runtime.engines.base import Engine
+from lorasb_server.adapters import adapter_routes
+from lorasb_server.chat import chat_routes
+from lorasb_server.completions import completion_routes
+from lorasb_server.errors import install_handlers
+from lorasb_server.limits import RequestLog, SizeLimit
+from lorasb_server.metrics import Metrics
+from lorasb_server.models import model_routes
+from lorasb_server.service import Service
+from lorasb_server.settings import ServerConfig
+from lorasb_server.tokens import token_routes
+
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+
+def create_app(engine: Engine, loader: AdapterLoader | None, config: ServerConfig) -> FastAPI:
+    """The application; its lifespan starts and closes the engine.
+
+    `loader` is None for a server without a basis.
+    """
+    service = Service(engine, loader, config, Metrics(engine))
+    ready = False
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+        nonlocal ready
+        engine.start()
+        ready = True
+        try:
+            yield
+        finally:
+            ready = False
+            engine.close()
+
+    app = FastAPI(title="lorasb", lifespan=lifespan)
+    install_handlers(app)
+    app.add_middleware(SizeLimit, max_bytes=config.max_request_bytes)
+    app.add_middleware(RequestLog, metrics=service.metrics)
+    for routes in (chat_routes, completion_routes, model_routes, adapter_routes, token_routes):
+        app.include_router(routes(service))
+
+    @app.get("/health")
+    async def health() -> dict[str, str]:
+        return {"status": "alive"}
+
+    @app.get("/ready")
+    async def is_ready() -> Response:
+        body = {"status": "ready" if ready else "loading"}
+        return JSONResponse(body, 200 if ready else 503)
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(service.metrics.render(), media_type=METRICS_TYPE)
+
+    return app

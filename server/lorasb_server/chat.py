@@ -1,0 +1,124 @@
+"""POST /v1/chat/completions."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from lorasb_runtime.engines.base import TokenLogprob
+from lorasb_runtime.models.text import TextCodec
+from lorasb_server.generate import Choice, Generation, check_lengths, unless_gone
+from lorasb_server.schemas.chat import ChatRequest
+from lorasb_server.service import Service
+from lorasb_server.sse import event_stream
+
+
+def chat_routes(service: Service) -> APIRouter:
+    router = APIRouter()
+
+    @router.post("/v1/chat/completions")
+    async def chat_completions(body: ChatRequest, request: Request) -> Response:
+        generation = await _prepare(service, body)
+        if body.stream:
+            payloads = _stream(body, generation)
+            return await unless_gone(request, event_stream(payloads))
+        choices = await unless_gone(request, generation.collect())
+        return JSONResponse(_whole(body, generation, choices))
+
+    return router
+
+
+async def _prepare(service: Service, body: ChatRequest) -> Generation:
+    _ = body.wants_usage
+    params = body.parameters()
+    adapter = await service.resolve(body.model, body.adapter)
+    codec = service.engine.codec
+    prompt = await asyncio.to_thread(codec.encode_chat, body.template_input())
+    check_lengths(service, [prompt], params)
+    return Generation(service, [prompt], params, adapter, body.n or 1)
+
+
+def _whole(body: ChatRequest, generation: Generation, choices: list[Choice]) -> dict[str, Any]:
+    codec = generation.service.engine.codec
+    return {
+        **_head(body, generation, "chat.completion"),
+        "choices": [
+            {
+                "index": index,
+                "message": {"role": "assistant", "content": choice.text, "refusal": None},
+                "logprobs": _logprobs(body, codec, choice.logprobs),
+                "finish_reason": choice.finish_reason,
+            }
+            for index, choice in enumerate(choices)
+        ],
+        "usage": generation.usage(),
+    }
+
+
+async def _stream(
+    body: ChatRequest, generation: Generation
+) -> AsyncGenerator[dict[str, Any], None]:
+    """Chunks in OpenAI's form: first the role, then text, last the reason, then the usage."""
+    head = _head(body, generation, "chat.completion.chunk")
+    if body.wants_usage:
+        head["usage"] = None
+    codec = generation.service.engine.codec
+    pending: dict[int, Choice] = {}
+
+    def payload(index: int, delta: dict[str, Any], **more: Any) -> dict[str, Any]:
+        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+        return {**head, "choices": [{**choice, **more}]}
+
+    async with contextlib.aclosing(generation.chunks()) as chunks:
+        async for index, chunk in chunks:
+            if index not in pending:
+                pending[index] = Choice()
+                yield payload(index, {"role": "assistant", "content": ""})
+            choice = pending[index]
+            choice.add(chunk)
+            if choice.text:
+                logprobs = _logprobs(body, codec, choice.logprobs)
+                yield payload(index, {"content": choice.text}, logprobs=logprobs)
+                choice.text, choice.logprobs = "", []
+            if choice.finish_reason is not None:
+                rest = _logprobs(body, codec, choice.logprobs) if choice.logprobs else None
+                yield payload(index, {}, logprobs=rest, finish_reason=choice.finish_reason)
+    if body.wants_usage:
+        yield {**head, "choices": [], "usage": generation.usage()}
+
+
+def _head(body: ChatRequest, generation: Generation, kind: str) -> dict[str, Any]:
+    return {
+        "id": f"chatcmpl-{generation.id}",
+        "object": kind,
+        "created": generation.created,
+        "model": body.model,
+    }
+
+
+def _logprobs(
+    body: ChatRequest, codec: TextCodec, entries: list[TokenLogprob]
+) -> dict[str, Any] | None:
+    if not body.logprobs:
+        return None
+    content = [
+        {
+            **_token(codec, entry.token, entry.logprob),
+            "top_logprobs": [_token(codec, token, value) for token, value in entry.top],
+        }
+        for entry in entries
+    ]
+    return {"content": content, "refusal": None}
+
+
+def _token(codec: TextCodec, token: int, logprob: float) -> dict[str, Any]:
+    text = codec.token_text(token)
+    return {"token": text, "logprob": finite(logprob), "bytes": list(text.encode())}
+
+
+def finite(logprob: float) -> float:
+    """JSON has no infinity: a token that could not be chosen is shown as OpenAI does."""
+    return max(logprob, -9999.0)

@@ -1,0 +1,130 @@
+"""POST /v1/completions."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from lorasb_runtime.engines.base import TokenLogprob
+from lorasb_runtime.models.text import TextCodec
+from lorasb_server.chat import finite
+from lorasb_server.generate import Choice, Generation, check_lengths, unless_gone
+from lorasb_server.schemas.completions import CompletionRequest
+from lorasb_server.service import Service
+from lorasb_server.sse import event_stream
+
+
+def completion_routes(service: Service) -> APIRouter:
+    router = APIRouter()
+
+    @router.post("/v1/completions")
+    async def completions(body: CompletionRequest, request: Request) -> Response:
+        generation = await _prepare(service, body)
+        if body.stream:
+            payloads = _stream(body, generation)
+            return await unless_gone(request, event_stream(payloads))
+        choices = await unless_gone(request, generation.collect())
+        return JSONResponse(_whole(body, generation, choices))
+
+    return router
+
+
+async def _prepare(service: Service, body: CompletionRequest) -> Generation:
+    _ = body.wants_usage
+    params = body.parameters()
+    adapter = await service.resolve(body.model, body.adapter)
+    encode = service.engine.codec.encode
+
+    def tokens() -> list[list[int]]:
+        return [encode(p) if isinstance(p, str) else p for p in body.prompts()]
+
+    prompts = await asyncio.to_thread(tokens)
+    check_lengths(service, prompts, params)
+    return Generation(service, prompts, params, adapter, body.n or 1)
+
+
+def _whole(
+    body: CompletionRequest, generation: Generation, choices: list[Choice]
+) -> dict[str, Any]:
+    codec = generation.service.engine.codec
+    return {
+        **_head(body, generation),
+        "choices": [
+            {
+                "index": index,
+                "text": choice.text,
+                "logprobs": _logprobs(body, codec, choice.logprobs, 0),
+                "finish_reason": choice.finish_reason,
+            }
+            for index, choice in enumerate(choices)
+        ],
+        "usage": generation.usage(),
+    }
+
+
+async def _stream(
+    body: CompletionRequest, generation: Generation
+) -> AsyncGenerator[dict[str, Any], None]:
+    """Chunks in OpenAI's form: text with the reason on the last of each, then the usage."""
+    head = _head(body, generation)
+    if body.wants_usage:
+        head["usage"] = None
+    codec = generation.service.engine.codec
+    pending: dict[int, Choice] = {}
+    sent: dict[int, int] = {}
+    async with contextlib.aclosing(generation.chunks()) as chunks:
+        async for index, chunk in chunks:
+            choice = pending.setdefault(index, Choice())
+            choice.add(chunk)
+            if not choice.text and choice.finish_reason is None:
+                continue
+            offset = sent.get(index, 0)
+            yield {
+                **head,
+                "choices": [
+                    {
+                        "index": index,
+                        "text": choice.text,
+                        "logprobs": _logprobs(body, codec, choice.logprobs, offset),
+                        "finish_reason": choice.finish_reason,
+                    }
+                ],
+            }
+            sent[index] = offset + sum(len(codec.token_text(e.token)) for e in choice.logprobs)
+            choice.text, choice.logprobs = "", []
+    if body.wants_usage:
+        yield {**head, "choices": [], "usage": generation.usage()}
+
+
+def _head(body: CompletionRequest, generation: Generation) -> dict[str, Any]:
+    return {
+        "id": f"cmpl-{generation.id}",
+        "object": "text_completion",
+        "created": generation.created,
+        "model": body.model,
+    }
+
+
+def _logprobs(
+    body: CompletionRequest, codec: TextCodec, entries: list[TokenLogprob], offset: int
+) -> dict[str, Any] | None:
+    """OpenAI's older form: parallel lists; text_offset counts characters of the completion."""
+    if body.logprobs is None:
+        return None
+    tokens = [codec.token_text(entry.token) for entry in entries]
+    offsets = []
+    for token in tokens:
+        offsets.append(offset)
+        offset += len(token)
+    return {
+        "tokens": tokens,
+        "token_logprobs": [finite(entry.logprob) for entry in entries],
+        "top_logprobs": [
+            {codec.token_text(token): finite(value) for token, value in entry.top}
+            for entry in entries
+        ],
+        "text_offset": offsets,
+    }

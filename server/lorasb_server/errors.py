@@ -1,0 +1,126 @@
+"""The one mapping from errors to HTTP: OpenAI's error object with the right status."""
+
+import logging
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from lorasb_runtime.errors import (
+    BasisMismatchError,
+    ConflictError,
+    InputError,
+    LorasbError,
+    NotFoundError,
+    OverloadedError,
+    StoreError,
+    TooLargeError,
+)
+
+logger = logging.getLogger(__name__)
+
+# Most special first.
+STATUS: tuple[tuple[type[LorasbError], int], ...] = (
+    (BasisMismatchError, 422),
+    (NotFoundError, 404),
+    (TooLargeError, 413),
+    (ConflictError, 409),
+    (InputError, 400),
+    (StoreError, 503),
+    (OverloadedError, 429),
+    (LorasbError, 500),
+)
+TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    409: "conflict_error",
+    413: "invalid_request_error",
+    422: "invalid_request_error",
+    429: "rate_limit_error",
+}
+RETRY_SECONDS = 1
+
+
+class FieldError(InputError):
+    """A request field that is wrong or not supported; `param` names it, as OpenAI does."""
+
+    def __init__(self, param: str | None, message: str, code: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+        self.code = code
+
+
+class ModelNotFoundError(NotFoundError):
+    """`model` or `adapter` names nothing that is here."""
+
+    def __init__(self, param: str, name: str) -> None:
+        super().__init__(f"The model {name[:200]!r} does not exist")
+        self.param = param
+        self.code = "model_not_found"
+
+
+def status_of(error: LorasbError) -> int:
+    return next(status for kind, status in STATUS if isinstance(error, kind))
+
+
+def error_body(error: LorasbError) -> dict[str, Any]:
+    """OpenAI's error object for one of our errors."""
+    param = getattr(error, "param", None)
+    code = getattr(error, "code", None)
+    return _body(status_of(error), str(error), param, code)
+
+
+def internal_body() -> dict[str, Any]:
+    return _body(500, "internal error", None, None)
+
+
+def install_handlers(app: FastAPI) -> None:
+    """Make every error of the application leave in OpenAI's shape."""
+
+    @app.exception_handler(LorasbError)
+    async def ours(request: Request, error: LorasbError) -> JSONResponse:
+        status = status_of(error)
+        if status >= 500:
+            logger.error("%s %s: %s", request.method, request.url.path, error)
+        headers = {"Retry-After": str(RETRY_SECONDS)} if status == 429 else None
+        return JSONResponse(error_body(error), status, headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:
+        param, message = _describe(error.errors()[0])
+        return JSONResponse(_body(400, message, param, None), 400)
+
+    @app.exception_handler(HTTPException)
+    async def http(request: Request, error: HTTPException) -> JSONResponse:
+        message = f"{error.detail}: {request.method} {request.url.path}"
+        return JSONResponse(
+            _body(error.status_code, message, None, None), error.status_code, error.headers
+        )
+
+    @app.exception_handler(Exception)
+    async def unexpected(request: Request, error: Exception) -> JSONResponse:
+        return JSONResponse(internal_body(), 500)
+
+
+def _body(status: int, message: str, param: str | None, code: str | None) -> dict[str, Any]:
+    kind = TYPES.get(status, "server_error" if status >= 500 else "invalid_request_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def _describe(error: Any) -> tuple[str | None, str]:
+    """The field and the sentence for one of pydantic's complaints."""
+    where = [str(part) for part in error["loc"] if part not in ("body", "query", "path")]
+    where = [part for part in where if not part.startswith(("list[", "function-", "constrained-"))]
+    if error["type"] == "json_invalid":
+        return None, f"the body is not valid JSON: {error.get('ctx', {}).get('error', '')}"
+    param = ".".join(where) or None
+    if error["type"] == "extra_forbidden":
+        return param, f"{param}: this field is not supported"
+    if error["type"] == "missing":
+        return param, f"{param or 'body'}: this field is required"
+    found = "" if "input" not in error else f" (found {error['input']!r:.80})"
+    return param, f"{param or 'body'}: {error['msg']}{found}"

@@ -1,0 +1,170 @@
+"""Runs the prompts of one HTTP request on the engine and brings their chunks together."""
+
+import asyncio
+import contextlib
+import time
+import uuid
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from fastapi import Request
+
+from lorasb_runtime.adapters.loader import LoadedAdapter
+from lorasb_runtime.engines.base import Chunk, GenerationRequest, SamplingParams, TokenLogprob
+from lorasb_server.errors import FieldError
+from lorasb_server.service import Service
+
+T = TypeVar("T")
+
+
+class ClientGoneError(Exception):
+    """The client closed the connection before its answer was ready."""
+
+
+@dataclass
+class Generation:
+    """A checked request that is ready to run: prompts as tokens, `n` completions of each.
+
+    Choice index = prompt's index * n + completion's index. Counts the tokens as they come.
+    """
+
+    service: Service
+    prompts: list[list[int]]
+    sampling: SamplingParams
+    adapter: LoadedAdapter | None
+    n: int
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)
+    created: int = field(default_factory=lambda: int(time.time()))
+    completion_tokens: int = 0
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(len(prompt) for prompt in self.prompts)
+
+    def usage(self) -> dict[str, int]:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+        }
+
+    async def chunks(self) -> AsyncIterator[tuple[int, Chunk]]:
+        """(choice index, chunk) of all prompts as they come; closing it ends all of them."""
+        started = time.monotonic()
+        metrics = self.service.metrics
+        metrics.prompt_tokens.inc(self.prompt_tokens)
+        waiting = True
+        async with contextlib.aclosing(_interleave(self._streams())) as stream:
+            async for prompt, chunk in stream:
+                if waiting:
+                    metrics.first_token.observe(time.monotonic() - started)
+                    waiting = False
+                self.completion_tokens += len(chunk.tokens)
+                metrics.generation_tokens.inc(len(chunk.tokens))
+                yield prompt * self.n + chunk.index, chunk
+
+    async def collect(self) -> list["Choice"]:
+        """All completions, whole, in order of their index."""
+        choices = [Choice() for _ in range(len(self.prompts) * self.n)]
+        async with contextlib.aclosing(self.chunks()) as stream:
+            async for index, chunk in stream:
+                choices[index].add(chunk)
+        return choices
+
+    def _streams(self) -> list[AsyncIterator[Chunk]]:
+        return [
+            self.service.engine.generate(
+                GenerationRequest(
+                    f"{self.id}-{i}", tuple(prompt), self.sampling, self.adapter, self.n
+                )
+            )
+            for i, prompt in enumerate(self.prompts)
+        ]
+
+
+@dataclass
+class Choice:
+    """One completion as far as it has come, or what of it has not been sent yet."""
+
+    text: str = ""
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: str | None = None
+
+    def add(self, chunk: Chunk) -> None:
+        self.text += chunk.text
+        self.logprobs += chunk.logprobs
+        self.finish_reason = chunk.finish_reason
+
+
+def check_lengths(service: Service, prompts: Sequence[list[int]], params: SamplingParams) -> None:
+    """Refuse prompts that do not fit the context with what is to be generated after them."""
+    longest = service.engine.info.max_model_len
+    vocab = service.engine.info.vocab_size
+    for prompt in prompts:
+        asked = params.max_tokens or 1
+        if len(prompt) + asked > longest:
+            raise FieldError(
+                "messages" if params.max_tokens is None else "max_tokens",
+                f"This model's maximum context length is {longest} tokens; found {len(prompt)} "
+                f"in the prompt and {asked} to be generated",
+                "context_length_exceeded",
+            )
+        if not prompt:
+            raise FieldError("prompt", "prompt: found no tokens, expected at least one")
+        if max(prompt) >= vocab:
+            raise FieldError(
+                "prompt", f"prompt: found token id {max(prompt)}, expected one below {vocab}"
+            )
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The result of `work`, which is cancelled when the client closes the connection."""
+    task = asyncio.create_task(work)
+    gone = asyncio.create_task(_disconnected(request))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGoneError
+        return task.result()
+    finally:
+        for pending in (task, gone):
+            pending.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _interleave(
+    streams: list[AsyncIterator[Chunk]],
+) -> AsyncIterator[tuple[int, Chunk]]:
+    """Chunks of several streams with the stream's index, each as soon as it is there.
+
+    The first error ends all of them.
+    """
+    queue: asyncio.Queue[tuple[int, Chunk | None]] = asyncio.Queue()
+
+    async def pump(index: int, stream: AsyncIterator[Chunk]) -> None:
+        try:
+            async for chunk in stream:
+                queue.put_nowait((index, chunk))
+        finally:
+            queue.put_nowait((index, None))
+
+    tasks = [asyncio.create_task(pump(i, s)) for i, s in enumerate(streams)]
+    unfinished = len(tasks)
+    try:
+        while unfinished:
+            index, chunk = await queue.get()
+            if chunk is None:
+                unfinished -= 1
+                await tasks[index]
+            else:
+                yield index, chunk
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

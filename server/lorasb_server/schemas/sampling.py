@@ -1,0 +1,101 @@
+"""The fields that both generation endpoints share, and the one way they become parameters."""
+
+from typing import Annotated, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from lorasb_runtime.engines.base import SamplingParams
+from lorasb_server.errors import FieldError
+
+MAX_COMPLETIONS = 128
+MAX_STOPS = 16
+
+T = TypeVar("T")
+
+Stop = Annotated[str, Field(min_length=1)]
+
+
+class Strict(BaseModel):
+    """No coercion and no unknown field."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class StreamOptions(Strict):
+    include_usage: bool | None = None
+
+
+class SamplingFields(Strict):
+    """OpenAI's fields common to chat and completions, vLLM's extras, and `adapter`."""
+
+    model: str
+    adapter: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_COMPLETIONS)] | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
+    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    user: str | None = None
+    top_k: Annotated[int, Field(ge=-1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    min_tokens: Annotated[int, Field(ge=0)] | None = None
+    stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a stream ends with a chunk of usage; refuses the option without a stream."""
+        if self.stream_options is not None and not self.stream:
+            raise FieldError("stream_options", "stream_options: only allowed with stream")
+        return bool(self.stream_options and self.stream_options.include_usage)
+
+    def sampling(self, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+        """The engine's parameters; null fields take OpenAI's defaults.
+
+        Raises FieldError for a min_tokens over max_tokens and for a logit_bias key that is no
+        token id.
+        """
+        minimum = self.min_tokens or 0
+        if max_tokens is not None and minimum > max_tokens:
+            raise FieldError("min_tokens", f"min_tokens: found {minimum}, over max_tokens")
+        stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return SamplingParams(
+            temperature=_default(self.temperature, 1.0),
+            top_p=_default(self.top_p, 1.0),
+            top_k=max(0, _default(self.top_k, 0)),
+            min_p=_default(self.min_p, 0.0),
+            repetition_penalty=_default(self.repetition_penalty, 1.0),
+            presence_penalty=_default(self.presence_penalty, 0.0),
+            frequency_penalty=_default(self.frequency_penalty, 0.0),
+            logit_bias={_token_id(key): bias for key, bias in (self.logit_bias or {}).items()},
+            seed=self.seed,
+            max_tokens=max_tokens,
+            min_tokens=minimum,
+            stop=tuple(stop),
+            stop_token_ids=tuple(self.stop_token_ids or ()),
+            ignore_eos=bool(self.ignore_eos),
+            skip_special_tokens=_default(self.skip_special_tokens, True),
+            logprobs=logprobs,
+        )
+
+
+class TextFormat(Strict):
+    type: Literal["text"]
+
+
+def _default(value: T | None, default: T) -> T:
+    return default if value is None else value
+
+
+def _token_id(key: str) -> int:
+    if not (key.isascii() and key.isdigit()):
+        raise FieldError("logit_bias", f"logit_bias: found key {key[:80]!r}, expected a token id")
+    return int(key)

@@ -1,0 +1,64 @@
+"""POST /tokenize and /detokenize, as vLLM has them."""
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter
+from pydantic import Field
+
+from lorasb_server.errors import FieldError
+from lorasb_server.schemas.chat import Message
+from lorasb_server.schemas.sampling import Strict
+from lorasb_server.service import Service
+
+
+class TokenizeRequest(Strict):
+    """Either a prompt or messages."""
+
+    model: str | None = None
+    prompt: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    add_special_tokens: bool | None = None
+    add_generation_prompt: bool | None = None
+
+
+class DetokenizeRequest(Strict):
+    model: str | None = None
+    tokens: list[Annotated[int, Field(ge=0)]]
+
+
+def token_routes(service: Service) -> APIRouter:
+    router = APIRouter()
+    codec = service.engine.codec
+    info = service.engine.info
+
+    @router.post("/tokenize")
+    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+        if body.model is not None:
+            await service.resolve(body.model, None)
+        if (body.prompt is None) == (body.messages is None):
+            raise FieldError("prompt", "prompt: expected exactly one of prompt and messages")
+        if body.messages is not None:
+            if body.add_special_tokens is not None:
+                raise FieldError("add_special_tokens", "add_special_tokens: goes with prompt")
+            tokens = codec.encode_chat(
+                [m.as_template_input() for m in body.messages],
+                generation_prompt=body.add_generation_prompt is not False,
+            )
+        else:
+            if body.add_generation_prompt is not None:
+                raise FieldError(
+                    "add_generation_prompt", "add_generation_prompt: goes with messages"
+                )
+            special = body.add_special_tokens is not False
+            tokens = codec.encode(body.prompt or "", special_tokens=special)
+        return {"count": len(tokens), "max_model_len": info.max_model_len, "tokens": tokens}
+
+    @router.post("/detokenize")
+    async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
+        if body.model is not None:
+            await service.resolve(body.model, None)
+        if body.tokens and max(body.tokens) >= info.vocab_size:
+            raise FieldError("tokens", f"tokens: found {max(body.tokens)}, over the vocabulary")
+        return {"prompt": codec.decode(body.tokens, skip_special_tokens=False)}
+
+    return router
