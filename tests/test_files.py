@@ -141,7 +141,7 @@ def test_wrong_adapters_are_refused_in_one_line(
 
 def test_an_adapter_for_another_basis_is_refused() -> None:
     data = serialize_adapter(make_adapter(make_basis(seed=1)))
-    with pytest.raises(BasisMismatchError, match="found an adapter for basis sha256:.*expected"):
+    with pytest.raises(BasisMismatchError, match=r"found an adapter for basis sha256:.*expected"):
         parse_adapter(data, "x", make_basis(seed=0))
 
 

@@ -3,8 +3,8 @@
 A new method is one new file and one entry in METHODS.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 
@@ -12,11 +12,8 @@ from lorasb_runtime.basis import lora_sb, lora_xs
 from lorasb_runtime.basis.pair import BasisPair
 from lorasb_runtime.errors import InputError
 
-
-class MakePair(Protocol):
-    """Makes B, A and perhaps R0 of rank `rank` from one matrix [out, in] in float32."""
-
-    def __call__(self, matrix: torch.Tensor, rank: int) -> BasisPair: ...
+# Makes B, A and perhaps R0 of a given rank from one matrix [out, in].
+MakePair = Callable[[torch.Tensor, int], BasisPair]
 
 
 @dataclass(frozen=True)

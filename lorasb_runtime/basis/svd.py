@@ -4,7 +4,7 @@ import torch
 
 # Small matrices are decomposed whole; above, the randomised method is many times cheaper.
 FULL_SVD_LIMIT = 256
-PASSES = 8
+PASSES = 16
 SEED = 0x5B
 
 
@@ -14,7 +14,7 @@ def truncated_svd(
     """U [out, rank], S [rank] (descending), Vt [rank, in] of a float32 matrix [out, in].
 
     Randomised subspace iteration (Halko, Martinsson, Tropp, arXiv 0909.4061, algorithm 4.4) with a
-    generator of its own and as many extra directions as the rank, at least 16: a sign matrix has
+    generator of its own and as many extra directions as the rank, at least 32: a sign matrix has
     a flat spectrum, on which plain sketches are poor. Signs are fixed: the entry of largest
     magnitude of each left singular vector is positive.
     """
@@ -29,7 +29,7 @@ def truncated_svd(
 
 
 def _randomised(matrix: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    width = min(rank + max(16, rank), *matrix.shape)
+    width = min(rank + max(32, rank), *matrix.shape)
     generator = torch.Generator().manual_seed(SEED)
     sketch = torch.randn(matrix.shape[1], width, generator=generator).to(matrix)
     q = torch.linalg.qr(matrix @ sketch).Q

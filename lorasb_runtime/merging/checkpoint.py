@@ -1,37 +1,40 @@
 """Merging into a Hugging Face checkpoint on disk, shard by shard and tensor by tensor."""
 
-import json
 import mmap
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 
-from lorasb_runtime.errors import ConflictError, InputError, TooLargeError
+from lorasb_runtime.errors import InputError
+from lorasb_runtime.merging import folder_files
 from lorasb_runtime.merging.fold import Survival, fold_weight, target_delta
+from lorasb_runtime.merging.source import check_shards, target_tensors
 from lorasb_runtime.storage import atomic, shard_writer, tensor_file
 from lorasb_runtime.storage.basis_file import Basis
-from lorasb_runtime.storage.checkpoint import INDEX, Checkpoint, TensorEntry
-from lorasb_runtime.storage.shard_writer import DTYPES, NAMES
+from lorasb_runtime.storage.checkpoint import Checkpoint, TensorEntry
+from lorasb_runtime.storage.match import check_model
+from lorasb_runtime.storage.shard_writer import DTYPES, Slab
 
 Report = Callable[[str, int, int, str], None]  # phase, done, total, note
-
-# What a merged folder must not take along: adapters that would be applied again, other weights.
-LEFT_OUT = ("adapter_config.json", "adapter_model.*", "*.safetensors", "*.index.json")
-LEFT_OUT_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack")
 
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What became of each module's delta, by module name."""
+    """What became of each target's delta, by module name in the basis' order."""
 
     modules: dict[str, Survival]
 
     @property
     def total(self) -> Survival:
         return sum(self.modules.values(), Survival())
+
+    @property
+    def least_kept(self) -> str:
+        """The module that lost the largest share of its delta."""
+        return min(self.modules, key=lambda name: self.modules[name].kept)
 
 
 def merge_checkpoint(
@@ -50,25 +53,28 @@ def merge_checkpoint(
     scaled_cores: [D], from `scale_core`. dtype None keeps each tensor's own; otherwise every
     floating-point tensor is written in it. `provenance` goes into each shard's metadata under
     `lorasb.` keys. Sharding, index, config, tokenizer and other small files are kept.
-    Raises InputError for what cannot be merged, ConflictError for an output that is in the way.
+
+    Raises BasisMismatchError for a basis of another model, FileFormatError for a damaged source,
+    InputError for weights that no delta can be added to, ConflictError for an output that is in
+    the way, TooLargeError for a disk too full.
     """
-    targets = _target_tensors(source, basis)
-    _check_output(source, output, dtype)
-    merge = _ShardMerge(source, basis, scaled_cores, targets, dtype)
+    check_model(basis, source, "basis")
+    check_shards(source)
+    targets = target_tensors(source, basis)
+    merge = _ShardMerge(source, basis, scaled_cores, targets, dtype, report)
+    folder_files.check_output(source.folder, output, merge.nbytes, force=force)
     with atomic.new_folder(output, force=force) as folder:
-        _copy_small_files(source.folder, folder)
-        for done, shard in enumerate(source.shards):
-            report("merge", done, len(source.shards), shard)
-            merge.write(shard, folder, provenance)
-        report("merge", len(source.shards), len(source.shards), "")
-        _write_index(source, folder)
+        folder_files.copy_small_files(source.folder, folder)
+        for shard in source.shards:
+            merge.write(shard, folder, {f"lorasb.{key}": v for key, v in provenance.items()})
+        folder_files.write_index(source, folder)
         if dtype is not None:
-            _write_config(source, folder, dtype)
-    return MergeReport(merge.modules)
+            folder_files.write_config(source, folder, dtype)
+    return MergeReport({t.module: merge.modules[t.module] for t in basis.targets})
 
 
 class _ShardMerge:
-    """Merges one shard after the other, reading through a memory map."""
+    """Merges one shard after the other, reading through memory maps."""
 
     def __init__(
         self,
@@ -77,6 +83,7 @@ class _ShardMerge:
         scaled_cores: torch.Tensor,
         targets: dict[str, int],
         dtype: torch.dtype | None,
+        report: Report,
     ) -> None:
         self.modules: dict[str, Survival] = {}
         self._source = source
@@ -84,110 +91,62 @@ class _ShardMerge:
         self._cores = scaled_cores
         self._targets = targets
         self._dtype = dtype
+        self._report = report
+        self._done = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all the tensors as they will be written."""
+        return sum(self._slab(entry).nbytes for entry in self._source.tensors.values())
 
     def write(self, shard: str, folder: Path, provenance: dict[str, str]) -> None:
+        """Write the merged `shard` into `folder`, its tensors in the source's order."""
         path = self._source.folder / shard
         header, _ = tensor_file.read_header(path)
-        metadata = dict(header.get("__metadata__", {"format": "pt"}))
-        metadata.update({f"lorasb.{key}": value for key, value in provenance.items()})
-        entries = {n: e for n, e in self._source.tensors.items() if e.file == shard}
-        entries = dict(sorted(entries.items(), key=lambda item: item[1].offset))
-        layout = {name: self._layout(entry) for name, entry in entries.items()}
-        with path.open("rb") as file:
-            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        contents = self._contents(entries, memoryview(mapped))
+        metadata = {**header.get("__metadata__", {"format": "pt"}), **provenance}
+        found = ((n, e) for n, e in self._source.tensors.items() if e.file == shard)
+        entries = dict(sorted(found, key=lambda item: item[1].offset))
+        if self._dtype is not None:  # wide elements first, so that each stays aligned to its size
+            entries = dict(sorted(entries.items(), key=lambda item: -self._element_bytes(item[1])))
+        layout = {name: self._slab(entry) for name, entry in entries.items()}
+        contents = self._contents(path, entries)
         shard_writer.write_shard(folder / shard, layout, metadata, contents)
 
-    def _out_dtype(self, entry: TensorEntry) -> torch.dtype | None:
-        """The dtype to write a floating-point tensor in; None for other tensors."""
-        own = DTYPES.get(entry.dtype)
-        return own if own is None or self._dtype is None else self._dtype
+    def _slab(self, entry: TensorEntry) -> Slab:
+        slab = Slab(entry.dtype, entry.shape, entry.nbytes)
+        return slab.cast(self._dtype) if self._dtype and entry.dtype in DTYPES else slab
 
-    def _layout(self, entry: TensorEntry) -> tuple[str, tuple[int, ...], int]:
-        dtype = self._out_dtype(entry)
-        if dtype is None:
-            return entry.dtype, entry.shape, entry.nbytes
-        count = entry.nbytes // shard_writer.element_bytes(entry.dtype)
-        return NAMES[dtype], entry.shape, count * dtype.itemsize
+    def _element_bytes(self, entry: TensorEntry) -> int:
+        """Of the output; 8 for an empty tensor, which is aligned wherever it lies."""
+        slab = self._slab(entry)
+        count = torch.Size(slab.shape).numel()
+        return slab.nbytes // count if count else 8
 
-    def _contents(self, entries: dict[str, TensorEntry], view: memoryview) -> Iterator[memoryview]:
-        for name, entry in entries.items():
-            data = view[entry.offset : entry.offset + entry.nbytes]
-            dtype = self._out_dtype(entry)
-            if name not in self._targets and (dtype is None or NAMES[dtype] == entry.dtype):
-                yield data
-                continue
-            assert dtype is not None
-            weight = torch.frombuffer(bytearray(data), dtype=DTYPES[entry.dtype])
-            weight = weight.view(entry.shape)
-            if name in self._targets:
-                weight = self._folded(self._targets[name], weight, dtype)
-            yield shard_writer.tensor_bytes(weight.to(dtype))
+    def _contents(self, path: Path, entries: dict[str, TensorEntry]) -> Iterator[memoryview]:
+        """Each tensor's bytes as they will be written; those that do not change come as a view."""
+        with safe_open(path, "pt") as tensors, path.open("rb") as file:
+            raw = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+            for name, entry in entries.items():
+                self._report("merge", self._done, len(self._source.tensors), name)
+                dtype = self._slab(entry).dtype
+                if name in self._targets:
+                    folded = self._fold(self._targets[name], tensors.get_tensor(name), dtype)
+                    yield shard_writer.tensor_bytes(folded)
+                elif dtype != entry.dtype:
+                    yield shard_writer.tensor_bytes(tensors.get_tensor(name).to(DTYPES[dtype]))
+                else:
+                    yield raw[entry.offset : entry.offset + entry.nbytes]
+                self._done += 1
+                self._report("merge", self._done, len(self._source.tensors), "")
 
-    def _folded(self, index: int, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    def _fold(self, index: int, weight: torch.Tensor, dtype: str) -> torch.Tensor:
+        """The merged weight, [out, in] or as the checkpoint stores it."""
         target = self._basis.targets[index]
+        out = torch.empty(weight.shape, dtype=DTYPES[dtype])
         delta = target_delta(self._basis, index, self._cores)
-        delta = delta.t() if target.transposed else delta
-        folded, self.modules[target.module] = fold_weight(weight, delta, dtype)
-        return folded
-
-
-def _target_tensors(source: Checkpoint, basis: Basis) -> dict[str, int]:
-    """From tensor name to target index; refuses weights that a delta cannot be added to."""
-    if "quantization_config" in source.config:
-        raise InputError(
-            f"{source.folder}: found a quantized checkpoint, expected plain weights; "
-            "dequantize it first"
-        )
-    targets = {}
-    for index, target in enumerate(basis.targets):
-        name = source.weight_name(target.module)
-        dtype = source.tensors[name].dtype
-        if dtype not in DTYPES:
-            raise InputError(f"{name}: found dtype {dtype}, expected one of {', '.join(DTYPES)}")
-        targets[name] = index
-    return targets
-
-
-def _check_output(source: Checkpoint, output: Path, dtype: torch.dtype | None) -> None:
-    inside = output.resolve()
-    folder = source.folder.resolve()
-    if inside == folder or folder in inside.parents or inside in folder.parents:
-        raise ConflictError(f"{output}: found the model's own folder, expected one beside it")
-    needed = sum(
-        entry.nbytes // shard_writer.element_bytes(entry.dtype) * dtype.itemsize
-        if dtype is not None and entry.dtype in DTYPES
-        else entry.nbytes
-        for entry in source.tensors.values()
-    )
-    existing = next(p for p in (inside, *inside.parents) if p.exists())
-    free = shutil.disk_usage(existing).free
-    if needed > free:
-        raise TooLargeError(f"{output}: found {free:,} bytes of disk free, expected {needed:,}")
-
-
-def _copy_small_files(source: Path, folder: Path) -> None:
-    for path in sorted(source.iterdir()):
-        kept = not any(path.match(p) for p in (*LEFT_OUT, *LEFT_OUT_PICKLES))
-        if path.is_file() and kept:
-            shutil.copyfile(path, folder / path.name)
-
-
-def _write_index(source: Checkpoint, folder: Path) -> None:
-    """The index with the same weight map; its total size follows the output's dtype."""
-    if not (source.folder / INDEX).is_file():
-        return
-    index = json.loads((source.folder / INDEX).read_text(encoding="utf-8"))
-    total = 0
-    for shard in source.shards:
-        header, start = tensor_file.read_header(folder / shard)
-        total += (folder / shard).stat().st_size - start
-    index.setdefault("metadata", {})["total_size"] = total
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _write_config(source: Checkpoint, folder: Path, dtype: torch.dtype) -> None:
-    config = dict(source.config)
-    config.pop("torch_dtype", None)
-    config["dtype"] = str(dtype).removeprefix("torch.")
-    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        if target.transposed:
+            survival = fold_weight(weight.t(), delta, out.t())
+        else:
+            survival = fold_weight(weight, delta, out)
+        self.modules[target.module] = survival
+        return out

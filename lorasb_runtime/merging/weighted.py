@@ -17,10 +17,10 @@ class WeightedAdapter:
     """An adapter of the basis at hand and what it is multiplied by; never normalised."""
 
     adapter: Adapter
-    weight: float
+    weight: float = 1.0
 
 
-# From adapters of one basis to one flat vector of cores [D], float64.
+# From adapters of one basis, one at least, to one flat vector of cores [D] in float64.
 CombineCores = Callable[[Sequence[WeightedAdapter]], torch.Tensor]
 
 
@@ -31,11 +31,11 @@ def load_weighted(text: str, basis: Basis) -> WeightedAdapter:
     """
     path, equals, weight = text.rpartition("=")
     if not equals or Path(text).is_file():
-        return WeightedAdapter(load_adapter(text, basis), 1.0)
+        return WeightedAdapter(load_adapter(text, basis))
     try:
         value = float(weight)
     except ValueError:
         value = math.nan
-    if not math.isfinite(value):
-        raise InputError(f"{text}: found weight {weight!r}, expected a finite number")
+    if not path or not math.isfinite(value):
+        raise InputError(f"{text}: found weight {weight!r}, expected FILE=WEIGHT, a finite number")
     return WeightedAdapter(load_adapter(path, basis), value)

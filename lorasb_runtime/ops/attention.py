@@ -12,10 +12,11 @@ def attend_decode(
     scaling: float,
     softcap: float | None = None,
 ) -> torch.Tensor:
-    """One query per sequence: [rows, heads, d] over [rows, kv_heads, length, d] -> [rows, heads, d].
+    """One query [heads, d] for each of `rows` sequences: [rows, heads, d] -> [rows, heads, d].
 
-    visible: bool [rows, length], which cached positions each row may see (at least one). The
-    query heads of one KV head are handled as rows of one product, which spares repeating K and V.
+    k, v: [rows, kv_heads, length, d]. visible: bool [rows, length], which cached positions each
+    row may see (at least one). The query heads of one KV head are handled as rows of one product,
+    which spares repeating K and V.
     """
     rows, heads, d = q.shape
     kv_heads = k.shape[1]
@@ -37,7 +38,7 @@ def attend_prefill(
     visible: bool [chunk, length], or None for a chunk that starts its sequence (plain causal).
     """
     heads, chunk, d = q.shape
-    kv_heads, length = k.shape[:2]
+    kv_heads = k.shape[0]
     if visible is None and softcap is None:
         out = scaled_dot_product_attention(
             q[None], k[None], v[None], is_causal=True, scale=scaling, enable_gqa=heads != kv_heads

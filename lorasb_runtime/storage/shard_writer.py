@@ -2,11 +2,14 @@
 
 import json
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 
 import torch
 
+# The plain floating-point dtypes, as safetensors names them.
 NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
@@ -16,41 +19,55 @@ NAMES = {
 DTYPES = {name: dtype for dtype, name in NAMES.items()}
 
 
-def element_bytes(name: str) -> int:
-    return DTYPES[name].itemsize
+@dataclass(frozen=True)
+class Slab:
+    """One tensor's place in a shard: its dtype as safetensors names it, shape and byte count."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    nbytes: int
+
+    def cast(self, dtype: torch.dtype) -> "Slab":
+        """The same tensor in another floating-point dtype."""
+        return Slab(NAMES[dtype], self.shape, prod(self.shape) * dtype.itemsize)
 
 
 def write_shard(
     path: Path,
-    layout: Mapping[str, tuple[str, tuple[int, ...], int]],
+    layout: Mapping[str, Slab],
     metadata: Mapping[str, str],
-    contents: Iterator[memoryview],
+    contents: Iterable[memoryview],
 ) -> None:
-    """Write a file whose tensors have the given dtype name, shape and byte count, in this order.
+    """Write a safetensors file with the tensors of `layout`, in its order.
 
-    `contents` gives each tensor's bytes in the order of `layout`. Raises ValueError when they are
-    not as many as announced.
+    `contents` gives each tensor's bytes, in the same order. Raises ValueError when these are not
+    as many as announced.
     """
-    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
-    offset = 0
-    for name, (dtype, shape, nbytes) in layout.items():
-        header[name] = {
-            "dtype": dtype,
-            "shape": list(shape),
-            "data_offsets": [offset, offset + nbytes],
-        }
-        offset += nbytes
-    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    header = _header(layout, metadata)
     with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(text)))
-        file.write(text)
-        for (name, (_, _, nbytes)), data in zip(layout.items(), contents, strict=True):
-            if len(data) != nbytes:
-                raise ValueError(f"{name}: {len(data)} bytes, announced {nbytes}")
+        file.write(struct.pack("<Q", len(header)))
+        file.write(header)
+        for (name, slab), data in zip(layout.items(), contents, strict=True):
+            if data.nbytes != slab.nbytes:
+                raise ValueError(f"{name}: {data.nbytes} bytes, announced {slab.nbytes}")
             file.write(data)
 
 
+def _header(layout: Mapping[str, Slab], metadata: Mapping[str, str]) -> bytes:
+    """The JSON header, padded with spaces so that the tensors start 8-byte aligned."""
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
+    offset = 0
+    for name, slab in layout.items():
+        header[name] = {
+            "dtype": slab.dtype,
+            "shape": list(slab.shape),
+            "data_offsets": [offset, offset + slab.nbytes],
+        }
+        offset += slab.nbytes
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    return text + b" " * (-len(text) % 8)
+
+
 def tensor_bytes(tensor: torch.Tensor) -> memoryview:
-    """A contiguous tensor's bytes, without a copy."""
-    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())
+    """A tensor's bytes, without a copy where it is contiguous."""
+    return tensor.contiguous().view(-1).view(torch.uint8).numpy().data

@@ -33,7 +33,7 @@ def summed_gradients(
             batch = examples[start : start + batch_size]
             counts = torch.tensor([e.answer_tokens for e in batch], device=model.device)
             loss = (answer_losses(model, batch) / counts).sum()
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             report(start + len(batch), loss.item() / len(batch))
     return {
         name: total.t().contiguous() if is_transposed(modules[name]) else total

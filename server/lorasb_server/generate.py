@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import time
 import uuid
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -49,7 +49,7 @@ class Generation:
             "total_tokens": self.prompt_tokens + self.completion_tokens,
         }
 
-    async def chunks(self) -> AsyncIterator[tuple[int, Chunk]]:
+    async def chunks(self) -> AsyncGenerator[tuple[int, Chunk], None]:
         """(choice index, chunk) of all prompts as they come; closing it ends all of them."""
         started = time.monotonic()
         metrics = self.service.metrics
@@ -140,7 +140,7 @@ async def _disconnected(request: Request) -> None:
 
 async def _interleave(
     streams: list[AsyncIterator[Chunk]],
-) -> AsyncIterator[tuple[int, Chunk]]:
+) -> AsyncGenerator[tuple[int, Chunk], None]:
     """Chunks of several streams with the stream's index, each as soon as it is there.
 
     The first error ends all of them.

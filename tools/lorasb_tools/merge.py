@@ -1,6 +1,5 @@
 """`lorasb merge`: folds adapters into a Hugging Face checkpoint."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,36 +23,32 @@ def merge(
     dtype: str | None = typer.Option(
         None, help="bfloat16, float16 or float32; the checkpoint's own by default."
     ),
-    force: bool = typer.Option(False, help="Replace an existing output."),
+    force: bool = typer.Option(False, "--force", help="Replace an existing model folder."),
     as_json: bool = JSON_FLAG,
 ) -> None:
     """Fold one or several weighted adapters into MODEL's weights, shard by shard."""
     from lorasb_runtime.merging import find_method
     from lorasb_runtime.merging.checkpoint import merge_checkpoint
+    from lorasb_runtime.merging.combine import combine_adapters
+    from lorasb_runtime.merging.provenance import describe_merge
     from lorasb_runtime.merging.weighted import load_weighted
     from lorasb_runtime.models.load import parse_dtype
     from lorasb_runtime.models.locate import identify, open_model
     from lorasb_runtime.ops.core_matmul import scale_core
     from lorasb_runtime.storage.basis_file import load_basis
-    from lorasb_runtime.storage.match import check_model
 
     combine = find_method(method)
-    wanted = parse_dtype(dtype) if dtype else None
+    wanted = parse_dtype(dtype) if dtype is not None else None
     loaded = load_basis(basis)
-    source = open_model(model)
-    check_model(loaded, source, str(basis))
     weighted = [load_weighted(text, loaded) for text in adapters]
-    provenance = {
-        "base_model": json.dumps(identify(model, source).as_json()),
-        "basis": loaded.digest,
-        "method": method,
-        "adapters": json.dumps([[w.adapter.version, w.weight] for w in weighted]),
-    }
+    cores = combine_adapters(weighted, loaded, combine)
+    source = open_model(model)
+    provenance = describe_merge(identify(model, source), loaded, weighted, method)
     with phases() as report:
         result = merge_checkpoint(
             source,
             loaded,
-            scale_core(combine(weighted), loaded.scaling),
+            scale_core(cores, loaded.scaling),
             output,
             dtype=wanted,
             provenance=provenance,
@@ -64,7 +59,7 @@ def merge(
 
 
 def _tell(output: Path, result: "MergeReport", as_json: bool) -> None:
-    total = result.total
+    total, worst = result.total, result.least_kept
     if total.kept < WARN_UNDER:
         note(
             f"warning: rounding to the output dtype left only {total.kept:.1%} of the delta; "
@@ -73,7 +68,8 @@ def _tell(output: Path, result: "MergeReport", as_json: bool) -> None:
     text = (
         f"{output}: {len(result.modules)} modules merged\n"
         f"  rms(delta) / rms(W) {total.ratio:.2e}, {total.kept:.1%} of the delta survived the "
-        f"rounding, relative error {total.relative_error:.2e}"
+        f"rounding, relative error {total.relative_error:.2e}\n"
+        f"  least of all in {worst}: {result.modules[worst].kept:.1%}"
     )
     modules = {name: _figures(survival) for name, survival in result.modules.items()}
     emit({"output": str(output), **_figures(total), "modules": modules}, text, as_json)

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
 from lorasb_runtime.adapters.slots import BASE_SLOT, SlotTable
+from lorasb_runtime.config import SchedulerConfig
 from lorasb_runtime.engines.base import Chunk, EngineInfo, EngineStats, GenerationRequest
 from lorasb_runtime.engines.torch.kv_regions import KVRegions
 from lorasb_runtime.engines.torch.output import SequenceOutput
@@ -15,7 +16,6 @@ from lorasb_runtime.engines.torch.runner import ModelRunner
 from lorasb_runtime.engines.torch.sampler import Sampler
 from lorasb_runtime.engines.torch.scheduler import Scheduler
 from lorasb_runtime.engines.torch.sequence import Sequence
-from lorasb_runtime.config import SchedulerConfig
 from lorasb_runtime.errors import EngineError, InputError, LorasbError, OverloadedError
 from lorasb_runtime.models.text import TextCodec
 

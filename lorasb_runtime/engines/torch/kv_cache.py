@@ -30,7 +30,8 @@ class KVCache:
     ) -> None:
         self._shape = shape
         self._regions = regions
-        self._options = {"dtype": dtype, "device": device}
+        self._dtype = dtype
+        self._device = device
         self.keys = [self._empty(0, c) for c in regions.capacities]
         self.values = [self._empty(0, c) for c in regions.capacities]
         self._rows = [0] * len(regions.capacities)
@@ -58,4 +59,7 @@ class KVCache:
 
     def _empty(self, rows: int, capacity: int) -> list[torch.Tensor]:
         shape = (rows, self._shape.kv_heads, capacity, self._shape.head_dim)
-        return [torch.zeros(shape, **self._options) for _ in range(self._shape.layers)]
+        return [
+            torch.zeros(shape, dtype=self._dtype, device=self._device)
+            for _ in range(self._shape.layers)
+        ]

@@ -18,7 +18,8 @@ class SequenceOutput:
 
     def push(self, token: int, logprobs: tuple[TokenLogprob, ...] = ()) -> Chunk:
         """The chunk for one more token, which the sequence already holds."""
-        reason, stop_reason = self._ending(token)
+        reason, stop_token = self._ending(token)
+        stop_reason: str | int | None = stop_token
         if reason != "stop":
             self._held += self._decoder.push(token)
             if reason == "length":

@@ -1,0 +1,93 @@
+"""A merged folder's files beside its shards, and whether the folder may be written at all."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lorasb_runtime.errors import ConflictError, TooLargeError
+from lorasb_runtime.storage import tensor_file
+from lorasb_runtime.storage.checkpoint import INDEX, Checkpoint
+
+# What a merged folder must not take along: an adapter that loaders would apply once more, and
+# weights that were not merged.
+LEFT_OUT = (
+    "adapter_config.json",
+    *("*.safetensors", "*.index.json", "*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack"),
+    *("*.pkl", "*.pickle", "*.ot", "*.onnx", "*.onnx_data", "*.gguf"),
+)
+DTYPE_KEYS = ("dtype", "torch_dtype")
+
+
+def check_output(source: Path, output: Path, nbytes: int, *, force: bool) -> None:
+    """Raise unless `output` may take the merged model, `nbytes` of tensors and the small files.
+
+    ConflictError: it is, holds or lies in the source; or `force` would replace what is no model
+    folder. TooLargeError: the disk has no room.
+    """
+    target, origin = output.resolve(), source.resolve()
+    if target == origin or origin in target.parents or target in origin.parents:
+        raise ConflictError(f"{output}: found the model's own folder, expected one beside it")
+    if force and output.exists() and not _may_replace(output):
+        raise ConflictError(
+            f"{output}: found something other than a model folder, expected one to replace"
+        )
+    needed = nbytes + sum(path.stat().st_size for path in _small_files(source))
+    existing = next(p for p in (target, *target.parents) if p.exists())
+    free = shutil.disk_usage(existing).free
+    if needed > free:
+        raise TooLargeError(f"{output}: found {free:,} bytes of free disk, expected {needed:,}")
+
+
+def _may_replace(output: Path) -> bool:
+    return output.is_dir() and ((output / "config.json").is_file() or not any(output.iterdir()))
+
+
+def copy_small_files(source: Path, folder: Path) -> None:
+    """Copy everything but weights and hidden files, subfolders (chat templates) included."""
+    for path in _small_files(source):
+        copy = folder / path.relative_to(source)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, copy)
+
+
+def _small_files(source: Path) -> Iterator[Path]:
+    for path in sorted(source.rglob("*")):
+        hidden = any(part.startswith(".") for part in path.relative_to(source).parts)
+        if path.is_file() and not hidden and not any(path.match(p) for p in LEFT_OUT):
+            yield path
+
+
+def write_index(source: Checkpoint, folder: Path) -> None:
+    """The source's index, where it has one, with the total size of the shards in `folder`."""
+    if not (source.folder / INDEX).is_file():
+        return
+    index = json.loads((source.folder / INDEX).read_text(encoding="utf-8"))
+    total = 0
+    for shard in source.shards:
+        _, start = tensor_file.read_header(folder / shard)
+        total += (folder / shard).stat().st_size - start
+    index["metadata"] = {**(index.get("metadata") or {}), "total_size": total}
+    _write_json(folder / INDEX, index)
+
+
+def write_config(source: Checkpoint, folder: Path, dtype: torch.dtype) -> None:
+    """The source's config with its dtype, and the dtype of configs inside it, set to `dtype`."""
+    name = str(dtype).removeprefix("torch.")
+    config = _with_dtype(source.config, name)
+    if not any(key in config for key in DTYPE_KEYS):
+        config["dtype"] = name
+    _write_json(folder / "config.json", config)
+
+
+def _with_dtype(config: dict[str, Any], name: str) -> dict[str, Any]:
+    changed = {key: name for key in DTYPE_KEYS if key in config}
+    nested = {k: _with_dtype(v, name) for k, v in config.items() if isinstance(v, dict)}
+    return {**config, **nested, **changed}
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
