@@ -8,7 +8,6 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from lorasb_runtime.errors import InputError
 from lorasb_runtime.merging import folder_files
 from lorasb_runtime.merging.fold import Survival, fold_weight, target_delta
 from lorasb_runtime.merging.source import check_shards, target_tensors
@@ -16,7 +15,7 @@ from lorasb_runtime.storage import atomic, shard_writer, tensor_file
 from lorasb_runtime.storage.basis_file import Basis
 from lorasb_runtime.storage.checkpoint import Checkpoint, TensorEntry
 from lorasb_runtime.storage.match import check_model
-from lorasb_runtime.storage.shard_writer import DTYPES, Slab
+from lorasb_runtime.storage.shard_writer import DTYPES, TensorSpec
 
 Report = Callable[[str, int, int, str], None]  # phase, done, total, note
 
@@ -97,7 +96,7 @@ class _ShardMerge:
     @property
     def nbytes(self) -> int:
         """Bytes of all the tensors as they will be written."""
-        return sum(self._slab(entry).nbytes for entry in self._source.tensors.values())
+        return sum(self._spec(entry).nbytes for entry in self._source.tensors.values())
 
     def write(self, shard: str, folder: Path, provenance: dict[str, str]) -> None:
         """Write the merged `shard` into `folder`, its tensors in the source's order."""
@@ -108,19 +107,19 @@ class _ShardMerge:
         entries = dict(sorted(found, key=lambda item: item[1].offset))
         if self._dtype is not None:  # wide elements first, so that each stays aligned to its size
             entries = dict(sorted(entries.items(), key=lambda item: -self._element_bytes(item[1])))
-        layout = {name: self._slab(entry) for name, entry in entries.items()}
+        layout = {name: self._spec(entry) for name, entry in entries.items()}
         contents = self._contents(path, entries)
         shard_writer.write_shard(folder / shard, layout, metadata, contents)
 
-    def _slab(self, entry: TensorEntry) -> Slab:
-        slab = Slab(entry.dtype, entry.shape, entry.nbytes)
-        return slab.cast(self._dtype) if self._dtype and entry.dtype in DTYPES else slab
+    def _spec(self, entry: TensorEntry) -> TensorSpec:
+        spec = TensorSpec(entry.dtype, entry.shape, entry.nbytes)
+        return spec.cast(self._dtype) if self._dtype and entry.dtype in DTYPES else spec
 
     def _element_bytes(self, entry: TensorEntry) -> int:
         """Of the output; 8 for an empty tensor, which is aligned wherever it lies."""
-        slab = self._slab(entry)
-        count = torch.Size(slab.shape).numel()
-        return slab.nbytes // count if count else 8
+        spec = self._spec(entry)
+        count = torch.Size(spec.shape).numel()
+        return spec.nbytes // count if count else 8
 
     def _contents(self, path: Path, entries: dict[str, TensorEntry]) -> Iterator[memoryview]:
         """Each tensor's bytes as they will be written; those that do not change come as a view."""
@@ -128,7 +127,7 @@ class _ShardMerge:
             raw = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
             for name, entry in entries.items():
                 self._report("merge", self._done, len(self._source.tensors), name)
-                dtype = self._slab(entry).dtype
+                dtype = self._spec(entry).dtype
                 if name in self._targets:
                     folded = self._fold(self._targets[name], tensors.get_tensor(name), dtype)
                     yield shard_writer.tensor_bytes(folded)

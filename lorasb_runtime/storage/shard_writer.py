@@ -20,21 +20,21 @@ DTYPES = {name: dtype for dtype, name in NAMES.items()}
 
 
 @dataclass(frozen=True)
-class Slab:
+class TensorSpec:
     """One tensor's place in a shard: its dtype as safetensors names it, shape and byte count."""
 
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
 
-    def cast(self, dtype: torch.dtype) -> "Slab":
+    def cast(self, dtype: torch.dtype) -> "TensorSpec":
         """The same tensor in another floating-point dtype."""
-        return Slab(NAMES[dtype], self.shape, prod(self.shape) * dtype.itemsize)
+        return TensorSpec(NAMES[dtype], self.shape, prod(self.shape) * dtype.itemsize)
 
 
 def write_shard(
     path: Path,
-    layout: Mapping[str, Slab],
+    layout: Mapping[str, TensorSpec],
     metadata: Mapping[str, str],
     contents: Iterable[memoryview],
 ) -> None:
@@ -47,23 +47,23 @@ def write_shard(
     with path.open("wb") as file:
         file.write(struct.pack("<Q", len(header)))
         file.write(header)
-        for (name, slab), data in zip(layout.items(), contents, strict=True):
-            if data.nbytes != slab.nbytes:
-                raise ValueError(f"{name}: {data.nbytes} bytes, announced {slab.nbytes}")
+        for (name, spec), data in zip(layout.items(), contents, strict=True):
+            if data.nbytes != spec.nbytes:
+                raise ValueError(f"{name}: {data.nbytes} bytes, announced {spec.nbytes}")
             file.write(data)
 
 
-def _header(layout: Mapping[str, Slab], metadata: Mapping[str, str]) -> bytes:
+def _header(layout: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> bytes:
     """The JSON header, padded with spaces so that the tensors start 8-byte aligned."""
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))}
     offset = 0
-    for name, slab in layout.items():
+    for name, spec in layout.items():
         header[name] = {
-            "dtype": slab.dtype,
-            "shape": list(slab.shape),
-            "data_offsets": [offset, offset + slab.nbytes],
+            "dtype": spec.dtype,
+            "shape": list(spec.shape),
+            "data_offsets": [offset, offset + spec.nbytes],
         }
-        offset += slab.nbytes
+        offset += spec.nbytes
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     return text + b" " * (-len(text) % 8)
 
