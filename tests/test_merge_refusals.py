@@ -92,8 +92,10 @@ def test_it_merges_and_reports(lorasb: Run, work: Path) -> None:
 
 
 def test_it_says_when_rounding_eats_the_delta(lorasb: Run, work: Path) -> None:
+    rewrite(work / "model", lambda t: t.update({name: w.bfloat16() for name, w in t.items()}))
+    set_config(work / "model", dtype="bfloat16")
     save_files(random_basis(work / "model", rank=4), work, strength=1e-3)
-    status, out, err = lorasb(*arguments(work, work / "a", "--dtype", "bfloat16"))
+    status, out, err = lorasb(*arguments(work, work / "a"))
     assert status == 0
     assert "% of the delta survived" in out
     said = " ".join(err.split())

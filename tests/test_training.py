@@ -97,9 +97,7 @@ def test_no_gradient_but_the_targets_own_is_ever_kept(pico: Path, data: Path) ->
 
 
 @pytest.mark.parametrize("method", ["lora-sb", "lora-xs"])
-def test_two_runs_write_the_same_file(
-    method: str, pico: Path, data: Path, tmp_path: Path
-) -> None:
+def test_two_runs_write_the_same_file(method: str, pico: Path, data: Path, tmp_path: Path) -> None:
     for name in "ab":
         command = [*LORASB, "derive", str(pico), "--method", method, "--rank", "4"]
         command += ["--data", str(data)] if method == "lora-sb" else []

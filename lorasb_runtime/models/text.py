@@ -51,8 +51,14 @@ class TextCodec:
         return text
 
     def token_text(self, token: int) -> str:
-        """One token's text by itself, special tokens included."""
-        return self.decode([token], skip_special_tokens=False)
+        """One token's text by itself, special tokens included.
+
+        A token that is part of a character only is spelled as the vocabulary does.
+        """
+        text = self.decode([token], skip_special_tokens=False)
+        if REPLACEMENT not in text:
+            return text
+        return str(self.tokenizer.convert_ids_to_tokens(token))
 
     @property
     def eos_token_id(self) -> int | None:

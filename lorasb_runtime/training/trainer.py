@@ -26,6 +26,7 @@ from lorasb_runtime.training.data import DataFile, Example, read_data
 Report = Callable[[int, int, str], None]  # steps done, steps in all, note
 
 WARMUP_SHARE = 0.1
+FIRST_RATE = 1 / 32
 CHECKPOINT_STEPS = 50
 XS_START_STD = 1e-5  # LoRA-XS starts its cores at N(0, 1e-5)
 CLIP_NORM = 1.0
@@ -36,7 +37,7 @@ SMALLEST_SPLIT = 10  # with fewer examples none is held out
 class TrainConfig:
     """Hyperparameters. `init_lr` None: the rate of the first step (LoRA-SB's own choice)."""
 
-    epochs: int = 4
+    epochs: int = 3
     lr: float = 4e-3
     batch_size: int = 4
     seed: int = 0
@@ -205,11 +206,15 @@ class CoreTrainer:
 
 
 def learning_rate(peak: float, step: int, steps: int) -> float:
-    """Linear warm-up over the first tenth of the steps, then a cosine down to zero."""
+    """Linear warm-up over the first tenth of the steps, then a cosine down towards zero.
+
+    The first step's rate is FIRST_RATE of the peak however few steps there are, because R0 is
+    multiplied by it: a start at the full rate would undo the model.
+    """
     warmup = max(1, round(WARMUP_SHARE * steps))
     if step < warmup:
-        return peak * (step + 1) / warmup
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup + 1) / (steps - warmup + 1)))
+        return peak * (FIRST_RATE + (1 - FIRST_RATE) * step / warmup)
+    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
 
 
 def rate_factor(basis: Basis, module: str) -> float:

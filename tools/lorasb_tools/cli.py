@@ -1,8 +1,10 @@
 """Entry point of `lorasb`: the command table, and the one mapping of errors to exit statuses."""
 
 import sys
+from typing import NoReturn
 
 import typer
+from typer.exceptions import TyperException
 
 from lorasb_runtime.errors import InputError, LorasbError
 from lorasb_tools import derive, merge, publish, serve, train
@@ -10,7 +12,6 @@ from lorasb_tools import derive, merge, publish, serve, train
 app = typer.Typer(
     name="lorasb",
     help="Serve and merge thousands of tiny per-user LoRA-SB adapters on one model.",
-    no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
@@ -25,10 +26,16 @@ app.command("merge")(merge.merge)
 def main() -> None:
     """Exit status 0 done, 2 wrong usage or bad input, 1 our own failure, 130 interrupted."""
     try:
-        app()
+        status = app(prog_name="lorasb", standalone_mode=False)
+    except TyperException as error:
+        message = " ".join(error.format_message().split())
+        _fail(f"{message} (lorasb --help tells the usage)", 2)
     except LorasbError as error:
-        typer.echo(f"lorasb: error: {error}", err=True)
-        sys.exit(2 if isinstance(error, InputError) else 1)
-    except KeyboardInterrupt:
-        typer.echo("lorasb: interrupted", err=True)
-        sys.exit(130)
+        _fail(str(error), 2 if isinstance(error, InputError) else 1)
+    if status:
+        _fail("interrupted" if status == 130 else f"status {status}", status)
+
+
+def _fail(message: str, status: int) -> NoReturn:
+    typer.echo(f"lorasb: error: {message}", err=True)
+    sys.exit(status)

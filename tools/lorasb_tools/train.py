@@ -26,7 +26,7 @@ def train(
     eval_data: Path | None = typer.Option(None, help="File to measure the held-out loss on."),
     held_out: float = typer.Option(0.1, help="Share of the data set aside for that otherwise."),
     name: str | None = typer.Option(None, help="The adapter's name; the output's stem if unset."),
-    epochs: int = typer.Option(4, help="Times that each example is seen."),
+    epochs: int = typer.Option(3, help="Times that each example is seen."),
     lr: float = typer.Option(4e-3, help="Peak learning rate of the cores."),
     batch_size: int = typer.Option(4, help="Examples in one step."),
     seed: int = typer.Option(0, help="Decides order, split and random starts."),
