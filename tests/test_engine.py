@@ -97,11 +97,17 @@ def wait_idle(engine: TorchEngine) -> None:
     assert (stats.running, stats.waiting) == (0, 0)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("pico", torch.float32), ("pico", torch.bfloat16), ("pico_gpt2", torch.float32)],
+)
 def test_each_row_of_a_mixed_batch_has_the_logits_of_its_own_weights(
-    pico: Path, basis: Basis, adapters: list[Adapter], dtype: torch.dtype
+    kind: str, dtype: torch.dtype, request: pytest.FixtureRequest
 ) -> None:
     """Prefill in chunks, then decode, four models in one batch, against float64 on the side."""
+    pico = request.getfixturevalue(kind)
+    basis = random_basis(pico, rank=4, scaling=0.5)
+    adapters = [random_adapter(basis, i) for i in range(3)]
     model = load_model(pico, dtype, CPU)
     regions = KVRegions(2048, 16, 256, 8)
     slots = SlotTable(8, basis.size, dtype, CPU)

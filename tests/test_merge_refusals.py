@@ -32,10 +32,13 @@ def lorasb(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
 
     def run(*args: str | Path) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["lorasb", "merge", *map(str, args)])
-        with pytest.raises(SystemExit) as exit_:
+        status = 0
+        try:
             cli.main()
+        except SystemExit as exit_:
+            status = int(exit_.code or 0)
         said = capsys.readouterr()
-        return int(exit_.value.code or 0), said.out, said.err
+        return status, said.out, said.err
 
     return run
 

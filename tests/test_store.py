@@ -81,6 +81,15 @@ def test_publish_list_and_roll_back(store: AdapterStore, basis: Basis) -> None:
         store.current(ALICE)
 
 
+def test_stray_files_do_not_hide_the_adapters(tmp_path: Path, basis: Basis) -> None:
+    store = AdapterStore(str(tmp_path))
+    store.publish(ALICE, adapter(basis, 1))
+    for stray in ("README", "a b/c/current", "x/current", "team/deep/er/current"):
+        (tmp_path / stray).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / stray).write_text("?")
+    assert store.names() == [ALICE]
+
+
 def test_unknown_names_and_versions(store: AdapterStore, basis: Basis) -> None:
     with pytest.raises(NotFoundError, match="adapter 'alice' not found"):
         store.current(ALICE)

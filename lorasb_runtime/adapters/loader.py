@@ -24,7 +24,7 @@ NAME_LOCKS = 256  # names share locks by hash, so that unknown names leave nothi
 
 @dataclass(frozen=True)
 class LoadedAdapter:
-    """An adapter ready for a slot: `cores` [D] already scaled, in the file's dtype."""
+    """An adapter ready for a slot: `cores` [D] already scaled."""
 
     name: AdapterName
     version: str

@@ -3,6 +3,7 @@
 <store>/<namespace>/<name>/<version>.safetensors and <store>/<namespace>/<name>/current
 """
 
+import logging
 import os
 import re
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from lorasb_runtime.errors import (
 )
 from lorasb_runtime.storage import atomic
 from lorasb_runtime.storage.adapter_file import version_of
+
+logger = logging.getLogger(__name__)
 
 SUFFIX = ".safetensors"
 CURRENT = "current"
@@ -100,9 +103,16 @@ class AdapterStore:
             raise self._failure(folder, error) from error
 
     def names(self) -> list[AdapterName]:
-        """Every adapter that has a current version, sorted."""
-        found = (path.rsplit("/", 3)[-3:] for path in self._find(self._root) if "/" in path)
-        return sorted(parse_name(f"{p[0]}/{p[1]}") for p in found if p[-1] == CURRENT)
+        """Every adapter that has a current version, sorted; other files are passed over."""
+        found = []
+        for path in self._find(self._root):
+            parts = path.removeprefix(self._root).strip("/").split("/")
+            if len(parts) == 3 and parts[-1] == CURRENT:
+                try:
+                    found.append(parse_name("/".join(parts[:2])))
+                except InputError as error:
+                    logger.warning("store %s: %s", self.url, error)
+        return sorted(found)
 
     def versions(self, name: AdapterName) -> list[StoredVersion]:
         """All stored versions of an adapter, newest first. Raises NotFoundError if unknown."""

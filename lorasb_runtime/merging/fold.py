@@ -1,5 +1,8 @@
 """Folding: W0 + B R A into one weight, and the measure of what rounding left of the delta."""
 
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +14,8 @@ from lorasb_runtime.ops.core_matmul import dense_delta
 from lorasb_runtime.storage.basis_file import Basis
 from lorasb_runtime.types import TargetModule
 
-BLOCK_ELEMENTS = 1 << 20  # a weight is folded by rows, about so many entries at a time
+# A weight is folded by rows, about so many entries at a time: few enough for the processor's cache.
+BLOCK_ELEMENTS = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -78,31 +82,50 @@ def fold_weight(weight: torch.Tensor, delta: TargetDelta, out: torch.Tensor) -> 
     added in float64. Raises InputError when a value leaves the range of `out`'s dtype.
     """
     survival = Survival()
-    wide = torch.promote_types(weight.dtype, torch.float32)
     rows = max(1, BLOCK_ELEMENTS // weight.shape[1])
-    for start in range(0, weight.shape[0], rows):
-        part = slice(start, start + rows)
-        before = weight[part].to(wide)
-        wanted = dense_delta(delta.b[part], delta.scaled_core, delta.a)
-        folded = (before + wanted).to(out.dtype)
-        if not torch.isfinite(folded).all():
-            raise InputError(
-                f"{delta.target.module}: found Inf or NaN in the merged weight, expected numbers "
-                f"that fit {str(out.dtype).removeprefix('torch.')}"
-            )
-        survival += _survival(before, wanted, folded)
-        out[part] = folded
+    with _one_thread():
+        for start in range(0, weight.shape[0], rows):
+            survival += _fold_rows(weight, delta, out, slice(start, start + rows))
     return survival
 
 
+def _fold_rows(
+    weight: torch.Tensor, delta: TargetDelta, out: torch.Tensor, part: slice
+) -> Survival:
+    before = weight[part].to(torch.promote_types(weight.dtype, torch.float32))
+    wanted = dense_delta(delta.b[part], delta.scaled_core, delta.a)
+    folded = (before + wanted).to(out.dtype)
+    survival = _survival(before, wanted, folded)
+    if not math.isfinite(survival.error):
+        raise InputError(
+            f"{delta.target.module}: found Inf or NaN in the merged weight, expected numbers "
+            f"that fit {str(out.dtype).removeprefix('torch.')}"
+        )
+    out[part] = folded
+    return survival
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Keep torch to one thread: blocks are small, and waiting for a busy core costs far more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _survival(before: torch.Tensor, wanted: torch.Tensor, folded: torch.Tensor) -> Survival:
-    w0, delta = before.double(), wanted.double()
-    stored = folded.double() - w0
+    w0, delta = before.double().flatten(), wanted.double().flatten()
+    stored = folded.double().flatten() - w0
+    overlap = torch.dot(stored, delta).item()
+    error = stored.sub_(delta)
     return Survival(
-        weight=w0.square().sum().item(),
-        delta=delta.square().sum().item(),
-        overlap=(stored * delta).sum().item(),
-        error=(stored - delta).square().sum().item(),
+        weight=torch.dot(w0, w0).item(),
+        delta=torch.dot(delta, delta).item(),
+        overlap=overlap,
+        error=torch.dot(error, error).item(),
     )
 
 

@@ -11,8 +11,13 @@ from torch.nn.functional import linear
 
 
 def scale_core(core: torch.Tensor, scaling: float) -> torch.Tensor:
-    """scaling * R, for a core [r, r] or a flat vector of cores [D]."""
-    return core if scaling == 1.0 else core * scaling
+    """scaling * R, for a core [r, r] or a flat vector of cores [D].
+
+    Unchanged at scaling 1; otherwise in float32 at least, so that nothing is rounded here.
+    """
+    if scaling == 1.0:
+        return core
+    return core.to(torch.promote_types(core.dtype, torch.float32)) * scaling
 
 
 def dense_delta(b: torch.Tensor, scaled_core: torch.Tensor, a: torch.Tensor) -> torch.Tensor:

@@ -32,6 +32,8 @@ def main() -> None:
         _fail(f"{message} (lorasb --help tells the usage)", 2)
     except LorasbError as error:
         _fail(str(error), 2 if isinstance(error, InputError) else 1)
+    except OSError as error:
+        _fail(str(error), 1)
     if status:
         _fail("interrupted" if status == 130 else f"status {status}", status)
 

@@ -137,8 +137,9 @@ class TorchEngine:
                 )
         if request.adapter is not None and self._slots is None:
             raise InputError("this server has no basis, so it serves no adapters")
-        if len(self._jobs) + request.n > self._limits.max_waiting + self._limits.max_num_seqs:
-            raise OverloadedError(f"{len(self._jobs)} sequences are waiting or running already")
+        inside = len(self._jobs) + sum(job.request.n for job in self._arriving)
+        if inside + request.n > self._limits.max_waiting + self._limits.max_num_seqs:
+            raise OverloadedError(f"{inside} sequences are waiting or running already")
 
     def _post(self, job: _Job, box: list[_Job]) -> None:
         with self._wake:
@@ -150,14 +151,19 @@ class TorchEngine:
             self._wake.notify()
 
     def _loop(self) -> None:
-        while self._take_in():
-            try:
-                self._step()
-            except Exception:
-                logger.exception("a step failed")
-                self._fail_running(EngineError("the engine failed on this request"))
-        for job in {id(job): job for job in self._jobs.values()}.values():
-            job.send(EngineError("the engine was stopped"))
+        try:
+            while self._take_in():
+                try:
+                    self._step()
+                except Exception:
+                    logger.exception("a step failed")
+                    self._fail_running(EngineError("the engine failed on this request"))
+        finally:
+            with self._wake:
+                self._closing = True
+            left = {id(job): job for job in (*self._jobs.values(), *self._arriving)}
+            for job in left.values():
+                job.send(EngineError("the engine was stopped"))
 
     def _take_in(self) -> bool:
         """Wait for work, take arrivals and departures in; False when the engine is to stop."""

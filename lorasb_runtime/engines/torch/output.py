@@ -14,7 +14,6 @@ class SequenceOutput:
         self._decoder = codec.incremental(skip_special_tokens=params.skip_special_tokens)
         self._eos = frozenset() if params.ignore_eos else eos
         self._held = ""
-        self._searched = 0
 
     def push(self, token: int, logprobs: tuple[TokenLogprob, ...] = ()) -> Chunk:
         """The chunk for one more token, which the sequence already holds."""
