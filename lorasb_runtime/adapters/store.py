@@ -93,12 +93,15 @@ class AdapterStore:
     def delete(self, name: AdapterName) -> None:
         """Remove an adapter with all its versions; `current` goes first."""
         folder = self._folder(name)
-        self.current(name)
         try:
+            if not self._fs.exists(f"{folder}/{CURRENT}"):
+                raise NotFoundError(f"adapter {str(name)!r} not found in the store {self.url}")
             self._fs.rm_file(f"{folder}/{CURRENT}")
             self._fs.rm(folder, recursive=True)
         except FileNotFoundError:
             pass
+        except LorasbError:
+            raise
         except Exception as error:
             raise self._failure(folder, error) from error
 

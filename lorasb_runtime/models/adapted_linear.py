@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from lorasb_runtime.errors import BasisMismatchError
 from lorasb_runtime.models.targets import is_linear, weight_of
 from lorasb_runtime.ops.core_matmul import expand_add, scale_core, shrink
+from lorasb_runtime.ops.dense import dense
 from lorasb_runtime.storage.basis_file import Basis
 
 
@@ -46,6 +47,25 @@ class AdaptedLinear(nn.Module):
         if not self.core.active:
             return y
         return expand_add(y, self.core(shrink(x, self.a)), self.b)
+
+
+class DenseLinear(nn.Linear):
+    """A linear layer that multiplies through `ops.dense`; shares the weight it is made of."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = base.in_features, base.out_features
+        self.weight, self.bias = base.weight, base.bias
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return dense(x, self.weight, self.bias)
+
+
+def use_dense(model: PreTrainedModel) -> None:
+    """Put a DenseLinear in the place of every plain `nn.Linear`."""
+    for name, module in list(model.named_modules()):
+        if type(module) is nn.Linear:
+            model.set_submodule(name, DenseLinear(module))
 
 
 class TrainableCore(nn.Module):

@@ -7,7 +7,8 @@ export and training. No other function multiplies by it.
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import linear
+
+from lorasb_runtime.ops.dense import batched_matvec, dense, dense_add
 
 
 def scale_core(core: torch.Tensor, scaling: float) -> torch.Tensor:
@@ -44,24 +45,23 @@ def apply_cores(h: torch.Tensor, cores: torch.Tensor, rows: SlotRows) -> torch.T
 
     cores: [slots, r, r], a view of the device table; slot 0 is zero.
     """
-    out = torch.empty_like(h)
     count = rows.gathered.numel()
-    if count:
-        own = cores.index_select(0, rows.gathered)
-        out[:count] = torch.bmm(own, h[:count].unsqueeze(2)).squeeze(2)
+    own = cores.index_select(0, rows.gathered)
+    decoded = batched_matvec(own, h[:count])
+    if not rows.runs:
+        return decoded
+    parts = [decoded]
     for slot, start, end in rows.runs:
-        if slot:
-            torch.mm(h[start:end], cores[slot].t(), out=out[start:end])
-        else:
-            out[start:end] = 0
-    return out
+        part = h[start:end]
+        parts.append(dense(part, cores[slot]) if slot else torch.zeros_like(part))
+    return torch.cat(parts)
 
 
 def shrink(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
     """A x for every row: [..., in] -> [..., r]."""
-    return linear(x, a)
+    return dense(x, a)
 
 
 def expand_add(y: torch.Tensor, h: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """y + B h for every row: [..., out], [..., r] -> [..., out]."""
-    return y + linear(h, b)
+    """y + B h for every row, in place: [..., out], [..., r] -> [..., out]."""
+    return dense_add(y, h, b)

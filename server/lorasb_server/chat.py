@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse, Response
 
 from lorasb_runtime.engines.base import TokenLogprob
 from lorasb_runtime.models.text import TextCodec
-from lorasb_server.generate import Choice, Generation, check_lengths, unless_gone
+from lorasb_server.generate import Choice, Generation, check_limits, unless_gone
 from lorasb_server.schemas.chat import ChatRequest
 from lorasb_server.service import Service
 from lorasb_server.sse import event_stream
@@ -37,8 +37,10 @@ async def _prepare(service: Service, body: ChatRequest) -> Generation:
     adapter = await service.resolve(body.model, body.adapter)
     codec = service.engine.codec
     prompt = await asyncio.to_thread(codec.encode_chat, body.template_input())
-    check_lengths(service, [prompt], params)
-    return Generation(service, [prompt], params, adapter, body.n or 1)
+    n = body.n or 1
+    length_param = body.limit_field or "messages"
+    check_limits(service, [prompt], params, n, asked=params.max_tokens, length_param=length_param)
+    return Generation(service, [prompt], params, adapter, n)
 
 
 def _whole(body: ChatRequest, generation: Generation, choices: list[Choice]) -> dict[str, Any]:
@@ -115,8 +117,14 @@ def _logprobs(
 
 
 def _token(codec: TextCodec, token: int, logprob: float) -> dict[str, Any]:
+    """Bytes are null for a token of part of a character: its text is the vocabulary's spelling."""
     text = codec.token_text(token)
-    return {"token": text, "logprob": finite(logprob), "bytes": list(text.encode())}
+    whole = codec.decode([token], skip_special_tokens=False) == text
+    return {
+        "token": text,
+        "logprob": finite(logprob),
+        "bytes": list(text.encode()) if whole else None,
+    }
 
 
 def finite(logprob: float) -> float:

@@ -11,7 +11,7 @@ from fastapi.responses import JSONResponse, Response
 from lorasb_runtime.engines.base import TokenLogprob
 from lorasb_runtime.models.text import TextCodec
 from lorasb_server.chat import finite
-from lorasb_server.generate import Choice, Generation, check_lengths, unless_gone
+from lorasb_server.generate import Choice, Generation, check_limits, unless_gone
 from lorasb_server.schemas.completions import CompletionRequest
 from lorasb_server.service import Service
 from lorasb_server.sse import event_stream
@@ -42,8 +42,9 @@ async def _prepare(service: Service, body: CompletionRequest) -> Generation:
         return [encode(p) if isinstance(p, str) else p for p in body.prompts()]
 
     prompts = await asyncio.to_thread(tokens)
-    check_lengths(service, prompts, params)
-    return Generation(service, prompts, params, adapter, body.n or 1)
+    n = body.n or 1
+    check_limits(service, prompts, params, n, asked=body.max_tokens, length_param="max_tokens")
+    return Generation(service, prompts, params, adapter, n)
 
 
 def _whole(
@@ -111,7 +112,10 @@ def _head(body: CompletionRequest, generation: Generation) -> dict[str, Any]:
 def _logprobs(
     body: CompletionRequest, codec: TextCodec, entries: list[TokenLogprob], offset: int
 ) -> dict[str, Any] | None:
-    """OpenAI's older form: parallel lists; text_offset counts characters of the completion."""
+    """OpenAI's older form: parallel lists; text_offset counts characters of the completion.
+
+    The chosen token is among the top ones, so that they may be one more than asked for.
+    """
     if body.logprobs is None:
         return None
     tokens = [codec.token_text(entry.token) for entry in entries]
@@ -123,7 +127,10 @@ def _logprobs(
         "tokens": tokens,
         "token_logprobs": [finite(entry.logprob) for entry in entries],
         "top_logprobs": [
-            {codec.token_text(token): finite(value) for token, value in entry.top}
+            {
+                codec.token_text(token): finite(value)
+                for token, value in (*entry.top, (entry.token, entry.logprob))
+            }
             for entry in entries
         ],
         "text_offset": offsets,

@@ -43,6 +43,7 @@ TYPES = {
     429: "rate_limit_error",
 }
 RETRY_SECONDS = 1
+UNION_TAGS = ("<text>", "<list>", "<texts>", "<tokens>", "<token lists>")  # no part of a field
 
 
 class FieldError(InputError):
@@ -113,12 +114,14 @@ def _body(status: int, message: str, param: str | None, code: str | None) -> dic
 
 def _describe(error: Any) -> tuple[str | None, str]:
     """The field and the sentence for one of pydantic's complaints."""
-    where = [str(part) for part in error["loc"] if part not in ("body", "query", "path")]
-    where = [part for part in where if not part.startswith(("list[", "function-", "constrained-"))]
+    *inner, last = [str(part) for part in error["loc"][1:]] or [""]
+    unknown = error["type"] == "extra_forbidden"  # then `last` is the caller's own word
+    where = [part for part in inner if part not in UNION_TAGS]
+    where += [last] if unknown or last not in UNION_TAGS else []
     if error["type"] == "json_invalid":
         return None, f"the body is not valid JSON: {error.get('ctx', {}).get('error', '')}"
     param = ".".join(where) or None
-    if error["type"] == "extra_forbidden":
+    if unknown:
         return param, f"{param}: this field is not supported"
     if error["type"] == "missing":
         return param, f"{param or 'body'}: this field is required"

@@ -97,15 +97,36 @@ class Choice:
         self.finish_reason = chunk.finish_reason
 
 
-def check_lengths(service: Service, prompts: Sequence[list[int]], params: SamplingParams) -> None:
-    """Refuse prompts that do not fit the context with what is to be generated after them."""
+def check_limits(
+    service: Service,
+    prompts: Sequence[list[int]],
+    params: SamplingParams,
+    n: int,
+    *,
+    asked: int | None,
+    length_param: str,
+) -> None:
+    """Refuse what the server or the model has no room for.
+
+    asked: the tokens that the caller wants generated, None for as many as fit. length_param is
+    the field that a refusal for length names.
+    """
     longest = service.engine.info.max_model_len
     vocab = service.engine.info.vocab_size
+    if n > service.config.max_n:
+        raise FieldError("n", f"n: found {n}, expected at most {service.config.max_n}")
+    for param, tokens in (
+        ("logit_bias", params.logit_bias),
+        ("stop_token_ids", params.stop_token_ids),
+    ):
+        if tokens and max(tokens) >= vocab:
+            message = f"{param}: found token id {max(tokens)}, expected one below {vocab}"
+            raise FieldError(param, message)
+    asked = asked or 1
     for prompt in prompts:
-        asked = params.max_tokens or 1
         if len(prompt) + asked > longest:
             raise FieldError(
-                "messages" if params.max_tokens is None else "max_tokens",
+                length_param,
                 f"This model's maximum context length is {longest} tokens; found {len(prompt)} "
                 f"in the prompt and {asked} to be generated",
                 "context_length_exceeded",

@@ -27,7 +27,7 @@ class Metrics:
         )
         self.first_token = Histogram(
             "lorasb_time_to_first_token_seconds",
-            "From a request's arrival to its first token",
+            "From the engine taking a request to its first token",
             buckets=SECONDS,
             registry=self._collectors,
         )

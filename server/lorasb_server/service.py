@@ -1,7 +1,9 @@
 """What every route works with: the engine, the adapters, and who is meant by a model's name."""
 
 import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 from lorasb_runtime.adapters.loader import AdapterLoader, LoadedAdapter
 from lorasb_runtime.adapters.names import AdapterName, parse_name
@@ -10,6 +12,9 @@ from lorasb_runtime.errors import FileFormatError, InputError, NotFoundError, St
 from lorasb_server.errors import FieldError, ModelNotFoundError
 from lorasb_server.metrics import Metrics
 from lorasb_server.settings import ServerConfig
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -48,8 +53,17 @@ class Service:
         except InputError:
             raise ModelNotFoundError(param, text) from None
         try:
-            return await asyncio.to_thread(self.loader.get, name)
+            return await from_store(self.loader.get, name)
         except NotFoundError:
             raise ModelNotFoundError(param, text) from None
-        except FileFormatError as error:
-            raise StoreError(str(error)) from error
+
+
+async def from_store(read: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
+    """What `read` finds, in a worker thread; a damaged file there is StoreError, not the caller's.
+
+    Not for publishing, where the file at fault may be the one that was sent.
+    """
+    try:
+        return await asyncio.to_thread(read, *args, **kwargs)
+    except FileFormatError as error:
+        raise StoreError(str(error)) from error

@@ -7,13 +7,15 @@ from dataclasses import dataclass
 class ServerConfig:
     """`model_name` is the base model's id; `model_aliases` are other names it answers to.
 
-    created: Unix time shown for the models. max_request_bytes bounds JSON bodies.
+    created: Unix time shown for the models. max_request_bytes bounds JSON bodies, max_n the
+    completions of one prompt.
     """
 
     model_name: str
     model_aliases: tuple[str, ...] = ()
     created: int = 0
     max_request_bytes: int = 16 << 20
+    max_n: int = 128
 
     def is_base(self, name: str) -> bool:
         return name == self.model_name or name in self.model_aliases

@@ -18,17 +18,19 @@ logger = logging.getLogger(__name__)
 class EventStream(StreamingResponse):
     """Sends events as they come; closes their source when the client goes away."""
 
-    def __init__(self, events: AsyncGenerator[str, None]) -> None:
+    def __init__(self, first: dict[str, Any], rest: AsyncGenerator[dict[str, Any], None]) -> None:
+        self._rest = rest
+        self._events = _events(first, rest)
         super().__init__(
-            events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
+            self._events, media_type="text/event-stream", headers={"Cache-Control": "no-cache"}
         )
-        self._events = events
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await super().__call__(scope, receive, send)
         finally:
             await self._events.aclose()
+            await self._rest.aclose()  # a client gone at once leaves the events unstarted
 
 
 async def event_stream(payloads: AsyncGenerator[dict[str, Any], None]) -> EventStream:
@@ -41,7 +43,7 @@ async def event_stream(payloads: AsyncGenerator[dict[str, Any], None]) -> EventS
     except BaseException:
         await payloads.aclose()
         raise
-    return EventStream(_events(first, payloads))
+    return EventStream(first, payloads)
 
 
 async def _events(

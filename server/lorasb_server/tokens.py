@@ -1,5 +1,6 @@
 """POST /tokenize and /detokenize, as vLLM has them."""
 
+import asyncio
 from typing import Annotated, Any
 
 from fastapi import APIRouter
@@ -7,7 +8,7 @@ from pydantic import Field
 
 from lorasb_server.errors import FieldError
 from lorasb_server.schemas.chat import Message
-from lorasb_server.schemas.sampling import Strict
+from lorasb_server.schemas.sampling import Strict, Text, TokenId
 from lorasb_server.service import Service
 
 
@@ -15,15 +16,15 @@ class TokenizeRequest(Strict):
     """Either a prompt or messages."""
 
     model: str | None = None
-    prompt: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)] | None = None
+    prompt: Text | None = None
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)] | None = None
     add_special_tokens: bool | None = None
     add_generation_prompt: bool | None = None
 
 
 class DetokenizeRequest(Strict):
     model: str | None = None
-    tokens: list[Annotated[int, Field(ge=0)]]
+    tokens: Annotated[list[TokenId], Field(fail_fast=True)]
 
 
 def token_routes(service: Service) -> APIRouter:
@@ -40,7 +41,8 @@ def token_routes(service: Service) -> APIRouter:
         if body.messages is not None:
             if body.add_special_tokens is not None:
                 raise FieldError("add_special_tokens", "add_special_tokens: goes with prompt")
-            tokens = codec.encode_chat(
+            tokens = await asyncio.to_thread(
+                codec.encode_chat,
                 [m.as_template_input() for m in body.messages],
                 generation_prompt=body.add_generation_prompt is not False,
             )
@@ -50,7 +52,9 @@ def token_routes(service: Service) -> APIRouter:
                     "add_generation_prompt", "add_generation_prompt: goes with messages"
                 )
             special = body.add_special_tokens is not False
-            tokens = codec.encode(body.prompt or "", special_tokens=special)
+            tokens = await asyncio.to_thread(
+                codec.encode, body.prompt or "", special_tokens=special
+            )
         return {"count": len(tokens), "max_model_len": info.max_model_len, "tokens": tokens}
 
     @router.post("/detokenize")
@@ -59,6 +63,7 @@ def token_routes(service: Service) -> APIRouter:
             await service.resolve(body.model, None)
         if body.tokens and max(body.tokens) >= info.vocab_size:
             raise FieldError("tokens", f"tokens: found {max(body.tokens)}, over the vocabulary")
-        return {"prompt": codec.decode(body.tokens, skip_special_tokens=False)}
+        text = await asyncio.to_thread(codec.decode, body.tokens, skip_special_tokens=False)
+        return {"prompt": text}
 
     return router

@@ -15,7 +15,7 @@ from lorasb_runtime.engines.torch.kv_regions import KVRegions, Region
 from lorasb_runtime.engines.torch.scheduler import Chunk, Step
 from lorasb_runtime.engines.torch.sequence import Sequence
 from lorasb_runtime.errors import InputError
-from lorasb_runtime.models.adapted_linear import adapt_model
+from lorasb_runtime.models.adapted_linear import adapt_model, use_dense
 from lorasb_runtime.models.load import load_causal_lm
 from lorasb_runtime.ops.core_matmul import SlotRows, apply_cores
 from lorasb_runtime.storage.basis_file import Basis
@@ -85,6 +85,7 @@ def load_model(folder: Path, dtype: torch.dtype | None, device: torch.device) ->
     model = load_causal_lm(folder, dtype)
     model.to(device)  # type: ignore[arg-type]
     check_attention(model)
+    use_dense(model)
     return model
 
 

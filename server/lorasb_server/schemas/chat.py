@@ -2,25 +2,35 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, Tag
 
 from lorasb_runtime.engines.base import SamplingParams
 from lorasb_server.errors import FieldError
-from lorasb_server.schemas.sampling import SamplingFields, Strict, TextFormat
+from lorasb_server.schemas.sampling import (
+    TEXT_OR_LIST,
+    SamplingFields,
+    Strict,
+    Text,
+    TextFormat,
+)
 
 MAX_TOP_LOGPROBS = 20
 
 
 class TextPart(Strict):
     type: Literal["text"]
-    text: str
+    text: Text
 
 
 class Message(Strict):
     """A turn; `developer` is what newer clients call `system`."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: Annotated[
+        Annotated[Text, Tag("<text>")]
+        | Annotated[list[TextPart], Field(fail_fast=True), Tag("<list>")],
+        TEXT_OR_LIST,
+    ]
 
     def as_template_input(self) -> dict[str, Any]:
         text = self.content
@@ -30,11 +40,17 @@ class Message(Strict):
 
 
 class ChatRequest(SamplingFields):
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
     response_format: TextFormat | None = None
+
+    @property
+    def limit_field(self) -> str | None:
+        """The field that limits the answer's length, where one does."""
+        fields = ("max_tokens", "max_completion_tokens")
+        return next((name for name in fields if getattr(self, name) is not None), None)
 
     def template_input(self) -> list[dict[str, Any]]:
         return [message.as_template_input() for message in self.messages]

@@ -2,26 +2,45 @@
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from lorasb_runtime.engines.base import SamplingParams
 from lorasb_server.errors import FieldError
-from lorasb_server.schemas.sampling import SamplingFields
+from lorasb_server.schemas.sampling import SamplingFields, Text, TokenId
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 MAX_LOGPROBS = 5
 MAX_PROMPTS = 256
 
-TokenIds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, fail_fast=True)]
+Many = Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True)
+
+
+def _prompt_kind(value: object) -> str | None:
+    """Which of the four forms a prompt takes, by its first entry: so one form is checked only."""
+    match value:
+        case str():
+            return "<text>"
+        case [str(), *_]:
+            return "<texts>"
+        case [list(), *_]:
+            return "<token lists>"
+        case [_, *_]:
+            return "<tokens>"
+        case _:
+            return None
 
 
 class CompletionRequest(SamplingFields):
-    prompt: (
-        str
-        | TokenIds
-        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS)]
-        | Annotated[list[TokenIds], Field(min_length=1, max_length=MAX_PROMPTS)]
-    )
+    prompt: Annotated[
+        Annotated[Text, Tag("<text>")]
+        | Annotated[list[Text], Many, Tag("<texts>")]
+        | Annotated[TokenIds, Tag("<tokens>")]
+        | Annotated[list[TokenIds], Many, Tag("<token lists>")],
+        Discriminator(
+            _prompt_kind, "prompt", "Input should be text, token ids, or a non-empty list of either"
+        ),
+    ]
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool | None = None
     best_of: int | None = None

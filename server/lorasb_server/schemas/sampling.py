@@ -1,18 +1,45 @@
 """The fields that both generation endpoints share, and the one way they become parameters."""
 
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Tag,
+    field_validator,
+)
+from pydantic_core import PydanticCustomError
 
 from lorasb_runtime.engines.base import SamplingParams
 from lorasb_server.errors import FieldError
 
-MAX_COMPLETIONS = 128
 MAX_STOPS = 16
+MAX_BIASES = 4096
+MAX_TOKEN_DIGITS = 10
 
 T = TypeVar("T")
 
-Stop = Annotated[str, Field(min_length=1)]
+
+def _encodable(text: str) -> str:
+    """JSON can spell half of a surrogate pair, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise PydanticCustomError("surrogate", "Input should be valid Unicode text") from None
+    return text
+
+
+def _text_or_list(value: object) -> str | None:
+    return "<text>" if isinstance(value, str) else "<list>" if isinstance(value, list) else None
+
+
+Text = Annotated[str, AfterValidator(_encodable)]
+Stop = Annotated[Text, Field(min_length=1)]
+TokenId = Annotated[int, Field(ge=0)]
+TEXT_OR_LIST = Discriminator(_text_or_list, "text_or_list", "Input should be a string or a list")
 
 
 class Strict(BaseModel):
@@ -32,23 +59,41 @@ class SamplingFields(Strict):
     adapter: str | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_COMPLETIONS)] | None = None
+    n: Annotated[int, Field(ge=1)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
-    logit_bias: dict[str, Annotated[float, Field(ge=-100, le=100)]] | None = None
+    stop: (
+        Annotated[
+            Annotated[Stop, Tag("<text>")]
+            | Annotated[list[Stop], Field(max_length=MAX_STOPS, fail_fast=True), Tag("<list>")],
+            TEXT_OR_LIST,
+        ]
+        | None
+    ) = None
+    logit_bias: (
+        Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_BIASES)]
+        | None
+    ) = None
     user: str | None = None
     top_k: Annotated[int, Field(ge=-1)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
     min_tokens: Annotated[int, Field(ge=0)] | None = None
-    stop_token_ids: list[Annotated[int, Field(ge=0)]] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True)] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
+
+    @field_validator("adapter", mode="before")
+    @classmethod
+    def _one_name(cls, value: Any) -> Any:
+        if isinstance(value, list | dict):
+            kind = "a blend" if isinstance(value, list) else "an inline adapter"
+            raise PydanticCustomError("adapter", f"{kind} is not supported yet; give a name")
+        return value
 
     @property
     def wants_usage(self) -> bool:
@@ -96,6 +141,6 @@ def _default(value: T | None, default: T) -> T:
 
 
 def _token_id(key: str) -> int:
-    if not (key.isascii() and key.isdigit()):
+    if not (key.isascii() and key.isdigit() and len(key) <= MAX_TOKEN_DIGITS):
         raise FieldError("logit_bias", f"logit_bias: found key {key[:80]!r}, expected a token id")
     return int(key)

@@ -1,0 +1,219 @@
+"""Refusals and failures: the right status, OpenAI's error object, and the field by its name."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from fake_engine import FakeEngine, folder_loader, served, tiny_basis
+
+from lorasb_runtime.errors import InputError
+from lorasb_server import run
+from lorasb_server.app import create_app
+from lorasb_server.settings import ServerConfig
+
+USER = {"role": "user", "content": "x"}
+CHAT: dict[str, Any] = {"model": "pico", "messages": [USER]}
+PLAIN: dict[str, Any] = {"model": "pico", "prompt": "x"}
+
+
+@pytest.fixture(scope="module")
+def engine(pico: Path) -> FakeEngine:
+    return FakeEngine.of(pico)
+
+
+@pytest.fixture(scope="module")
+def url(engine: FakeEngine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    loader = folder_loader(tmp_path_factory.mktemp("store"), tiny_basis())
+    config = ServerConfig("pico", max_request_bytes=8 << 20, max_n=4)
+    with served(create_app(engine, loader, config)) as url:
+        yield url
+
+
+BOTH: list[tuple[dict[str, Any], str, str]] = [
+    *[({name: 1}, name, "not supported") for name in ("metadata", "tools", "path", "body", "<x>")],
+    *[({name: "5"}, name, "valid") for name in ("temperature", "n", "seed", "max_tokens", "min_p")],
+    *[({name: True}, name, "valid") for name in ("temperature", "n", "top_k", "min_tokens")],
+    ({"temperature": 2.1}, "temperature", "less than or equal"),
+    ({"temperature": -0.1}, "temperature", "greater than or equal"),
+    ({"top_p": 0}, "top_p", "greater than 0"),
+    ({"top_p": 1.1}, "top_p", "less than or equal"),
+    ({"top_k": -2}, "top_k", "greater than or equal"),
+    ({"min_p": 1.5}, "min_p", "less than or equal"),
+    ({"presence_penalty": 3}, "presence_penalty", "less than or equal"),
+    ({"frequency_penalty": -3}, "frequency_penalty", "greater than or equal"),
+    ({"repetition_penalty": 0}, "repetition_penalty", "greater than 0"),
+    ({"n": 0}, "n", "greater than or equal"),
+    ({"n": 5}, "n", "at most 4"),
+    ({"max_tokens": 0}, "max_tokens", "greater than or equal"),
+    ({"max_tokens": 3, "min_tokens": 4}, "min_tokens", "over max_tokens"),
+    ({"stop": 5}, "stop", "a string or a list"),
+    ({"stop": ["a", 1]}, "stop.1", "valid string"),
+    ({"stop": [""]}, "stop.0", "at least 1"),
+    ({"stop": ["a"] * 17}, "stop", "at most 16"),
+    ({"logit_bias": {"x": 1}}, "logit_bias", "token id"),
+    ({"logit_bias": {"9" * 5000: 1}}, "logit_bias", "token id"),
+    ({"logit_bias": {"9999": 1}}, "logit_bias", "below 259"),
+    ({"logit_bias": {"5": 101}}, "logit_bias.5", "less than or equal"),
+    ({"stop_token_ids": [9999]}, "stop_token_ids", "below 259"),
+    ({"stop_token_ids": ["1"]}, "stop_token_ids.0", "valid integer"),
+    ({"stream": "yes"}, "stream", "valid boolean"),
+    ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x", "not supported"),
+    ({"adapter": [{"name": "a", "weight": 1}]}, "adapter", "a blend is not supported yet"),
+    ({"adapter": {"inline": "x"}}, "adapter", "an inline adapter is not supported yet"),
+    ({"model": None}, "model", "valid string"),
+]
+
+
+def chat_of(**message: Any) -> dict[str, Any]:
+    return {"messages": [USER, message]}
+
+
+IMAGE = [{"type": "image_url", "image_url": {"url": "x"}}]
+CHAT_ONLY: list[tuple[dict[str, Any], str, str]] = [
+    ({"messages": []}, "messages", "at least 1"),
+    ({"messages": "x"}, "messages", "valid list"),
+    (chat_of(role="tool", content="x"), "messages.1.role", "tool"),
+    (chat_of(role="assistant", content="", tool_calls=[]), "messages.1.tool_calls", "supported"),
+    (chat_of(role="user", content=None), "messages.1.content", "a string or a list"),
+    (chat_of(role="user", content=IMAGE), "messages.1.content.0.type", "image_url"),
+    ({"top_logprobs": 1}, "top_logprobs", "only allowed with logprobs"),
+    ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal"),
+    ({"logprobs": 1}, "logprobs", "valid boolean"),
+    ({"max_tokens": 4, "max_completion_tokens": 5}, "max_tokens", "differs"),
+    ({"max_completion_tokens": 999}, "max_completion_tokens", "context length"),
+    ({"messages": [{"role": "user", "content": "x" * 300}]}, "messages", "context length"),
+    ({"response_format": {"type": "json_object"}}, "response_format.type", "text"),
+]
+PLAIN_ONLY: list[tuple[dict[str, Any], str, str]] = [
+    ({"prompt": []}, "prompt", "non-empty list"),
+    ({"prompt": None}, "prompt", "text, token ids"),
+    ({"prompt": [[]]}, "prompt.0", "at least 1"),
+    ({"prompt": [1, "a"]}, "prompt.1", "valid integer"),
+    ({"prompt": ["a", 1]}, "prompt.1", "valid string"),
+    ({"prompt": [True]}, "prompt.0", "valid integer"),
+    ({"prompt": [-1]}, "prompt.0", "greater than or equal"),
+    ({"prompt": [[1], [259]]}, "prompt", "below 259"),
+    ({"prompt": ["a", ""]}, "prompt", "no tokens"),
+    ({"prompt": ["a"] * 257}, "prompt", "at most 256"),
+    ({"prompt": "x" * 250, "max_tokens": 7}, "max_tokens", "context length"),
+    ({"logprobs": 6}, "logprobs", "less than or equal"),
+    ({"echo": True}, "echo", "not supported"),
+    ({"suffix": ""}, "suffix", "not supported"),
+    ({"best_of": 3}, "best_of", "only the value of n"),
+]
+CASES = [
+    *[("chat/completions", {**CHAT, **body}, param, text) for body, param, text in BOTH],
+    *[("completions", {**PLAIN, **body}, param, text) for body, param, text in BOTH],
+    *[("chat/completions", {**CHAT, **body}, param, text) for body, param, text in CHAT_ONLY],
+    *[("completions", {**PLAIN, **body}, param, text) for body, param, text in PLAIN_ONLY],
+]
+
+
+@pytest.mark.parametrize(("path", "body", "param", "text"), CASES)
+def test_a_refusal_names_the_field(
+    path: str, body: dict[str, Any], param: str, text: str, url: str, engine: FakeEngine
+) -> None:
+    before = len(engine.requests)
+    response = httpx.post(f"{url}/v1/{path}", json=body)
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert (error["type"], error["param"]) == ("invalid_request_error", param)
+    assert text in error["message"]
+    assert len(engine.requests) == before
+
+
+@pytest.mark.parametrize("model", ["nobody", "a/b/c", "../x", "", "x y", "versions"])
+def test_unknown_models(model: str, url: str) -> None:
+    for path, body in (("chat/completions", CHAT), ("completions", PLAIN)):
+        for more, param in (({"model": model}, "model"), ({"adapter": model}, "adapter")):
+            response = httpx.post(f"{url}/v1/{path}", json={**body, **more})
+            assert response.status_code == 404
+            error = response.json()["error"]
+            assert (error["code"], error["param"]) == ("model_not_found", param)
+
+
+def test_other_statuses(url: str) -> None:
+    assert httpx.get(f"{url}/health").status_code == 200
+    assert httpx.get(f"{url}/ready").status_code == 200
+    for method, path, status in (("GET", "/nope", 404), ("GET", "/v1/completions", 405)):
+        response = httpx.request(method, f"{url}{path}")
+        assert response.status_code == status and response.json()["error"]["message"]
+    large = b'{"prompt": "' + b"x" * (9 << 20)
+    for content in (large, iter([large])):
+        response = httpx.post(f"{url}/v1/completions", content=content)
+        assert response.status_code == 413 and response.json()["error"]["message"]
+
+
+RUN = """
+import logging, sys
+from fake_engine import FakeEngine
+from pico import pico_tokenizer
+from lorasb_runtime.models.text import TextCodec
+from lorasb_server import run
+from lorasb_server.app import create_app
+from lorasb_server.settings import ServerConfig
+
+class Engine(FakeEngine):
+    def start(self):
+        if sys.argv[1] == "broken":
+            raise RuntimeError("no device")
+        super().start()
+
+logging.basicConfig(level=logging.INFO)
+run.DRAIN_SECONDS = 1
+engine = Engine(TextCodec(pico_tokenizer()), pace=0.2)
+run.run_server(create_app(engine, None, ServerConfig("pico")), "127.0.0.1", 0)
+"""
+
+
+def start(how: str) -> "subprocess.Popen[str]":
+    here = str(Path(__file__).parent)
+    path = os.pathsep.join([here, *[entry for entry in sys.path if entry]])
+    return subprocess.Popen(
+        [sys.executable, "-c", RUN, how],
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+
+
+def test_the_announced_address_answers_and_a_stop_waits_for_nobody_for_ever() -> None:
+    with start("well") as process:
+        try:
+            assert process.stderr
+            line = next(line for line in process.stderr if "serving on" in line)
+            url = line.partition("lorasb: serving on ")[2].strip()
+            assert httpx.get(f"{url}/ready").status_code == 200
+            body = {**PLAIN, "stream": True, "ignore_eos": True, "max_tokens": 200}
+            with httpx.stream("POST", f"{url}/v1/completions", json=body) as response:
+                lines = response.iter_lines()  # kept: the connection ends with it
+                next(lines)
+                stopped = time.monotonic()
+                process.send_signal(signal.SIGTERM)
+                process.wait(timeout=15)
+                assert time.monotonic() - stopped >= 1  # the drain that RUN sets
+        finally:
+            process.kill()
+
+
+def test_an_engine_that_does_not_start_is_an_error() -> None:
+    with start("broken") as process:
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "no device" in errors
+    assert errors.strip().splitlines()[-1].startswith("lorasb_runtime.errors.EngineError")
+
+
+def test_an_address_that_is_taken_is_named(url: str) -> None:
+    port = int(url.rpartition(":")[2])
+    app = create_app(FakeEngine(None), None, ServerConfig("pico"))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=f"cannot listen on 127.0.0.1 port {port}"):
+        run.run_server(app, "127.0.0.1", port)
