@@ -21,7 +21,8 @@ from lorasb_runtime.storage.basis_file import Basis, load_basis, save_basis
 from lorasb_runtime.training.data import NO_LOSS, read_data
 from lorasb_runtime.training.derive import DeriveConfig, derive_basis
 from lorasb_runtime.training.gradients import summed_gradients
-from lorasb_runtime.training.trainer import CoreTrainer, TrainConfig, learning_rate, rate_factor
+from lorasb_runtime.training.rates import learning_rate, rate_factor
+from lorasb_runtime.training.trainer import CoreTrainer, TrainConfig
 
 LORASB = (sys.executable, "-c", "from lorasb_tools.cli import main; main()")
 QUIET = TrainConfig(epochs=2, batch_size=4)

@@ -22,11 +22,10 @@ from lorasb_runtime.storage.checkpoint import open_checkpoint
 from lorasb_runtime.storage.match import check_model
 from lorasb_runtime.training.batches import answer_losses, mean_loss, shuffled_batches
 from lorasb_runtime.training.data import DataFile, Example, read_data
+from lorasb_runtime.training.rates import learning_rate, rate_factor
 
 Report = Callable[[int, int, str], None]  # steps done, steps in all, note
 
-WARMUP_SHARE = 0.1
-FIRST_RATE = 1 / 32
 CHECKPOINT_STEPS = 50
 XS_START_STD = 1e-5  # LoRA-XS starts its cores at N(0, 1e-5)
 CLIP_NORM = 1.0
@@ -203,29 +202,6 @@ class CoreTrainer:
         cores = torch.cat([c.core.detach().cpu().flatten() for c in self._cores])
         adapter = Adapter(cores, self._basis.digest, name, self._basis.base_model, info)
         return save_adapter(adapter, output)
-
-
-def learning_rate(peak: float, step: int, steps: int) -> float:
-    """Linear warm-up over the first tenth of the steps, then a cosine down towards zero.
-
-    The first step's rate is FIRST_RATE of the peak however few steps there are, because R0 is
-    multiplied by it: a start at the full rate would undo the model.
-    """
-    warmup = max(1, round(WARMUP_SHARE * steps))
-    if step < warmup:
-        return peak * (FIRST_RATE + (1 - FIRST_RATE) * step / warmup)
-    return peak * 0.5 * (1 + math.cos(math.pi * (step - warmup) / (steps - warmup)))
-
-
-def rate_factor(basis: Basis, module: str) -> float:
-    """What the rate of one core is multiplied by so that its steps in the delta have one size.
-
-    1 for an orthonormal pair (LoRA-SB); for LoRA-XS, whose A carries the singular values, their
-    inverse root mean square.
-    """
-    rows = basis.a(module).pow(2).sum(1).mean().sqrt()
-    columns = basis.b(module).pow(2).sum(0).mean().sqrt()
-    return 1.0 / float(abs(basis.scaling) * rows * columns)
 
 
 def _split(
