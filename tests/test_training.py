@@ -93,8 +93,10 @@ def test_no_gradient_but_the_targets_own_is_ever_kept(pico: Path, data: Path) ->
         assert wanting == {f"{t.module}.weight" for t in targets}
 
     examples = read_data(data / "one.jsonl", codec, 99).examples[:3]
+    model.requires_grad_(True)
     summed_gradients(model, targets, examples, 1, look)
     assert not kept
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
 
 
 @pytest.mark.parametrize("method", ["lora-sb", "lora-xs"])
@@ -259,6 +261,33 @@ def test_a_basis_of_another_model_is_refused(pico_gpt2: Path, basis_file: Path) 
         CoreTrainer(str(pico_gpt2), basis_file, TrainConfig())
 
 
+def test_a_rate_that_is_too_high_is_named(
+    pico: Path, data: Path, basis_file: Path, tmp_path: Path
+) -> None:
+    trainer = CoreTrainer(str(pico), basis_file, TrainConfig(lr=1e30))
+    one = trainer.read(data / "one.jsonl")
+    with pytest.raises(InputError, match=r"found a loss of nan.*--lr 1e\+30 is too high"):
+        trainer.train(one, tmp_path / "a", "a", silent)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["-o", "."], ".: found a folder"),
+        (["-o", "b", "--method", "lora-xs", "--seed", "3"], "lora-xs takes no --seed"),
+        (["-o", "b", "--method", "lora-xs", "--max-length", "9"], "takes no --max-length"),
+    ],
+)
+def test_derive_refuses_what_it_cannot_use(
+    more: list[str], message: str, pico: Path, tmp_path: Path
+) -> None:
+    command = [*LORASB, "derive", str(pico), *more]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert result.returncode == 2
+    assert message in result.stderr and "Traceback" not in result.stderr
+
+
 def train_command(pico: Path, basis_file: Path, *more: object) -> list[str]:
     words = ("train", pico, "--basis", basis_file, *more)
     return [*LORASB, *(str(word) for word in words)]
@@ -304,6 +333,9 @@ def test_an_interruption_leaves_the_last_checkpoint(
         ([], "exactly one of --data and --data-dir"),
         (["--data", "gone.jsonl"], "gone.jsonl: no such data file"),
         (["--data-dir", "."], "found no *.jsonl"),
+        (["--data", ".", "--held-out", "0"], ".: found a folder, expected a file"),
+        (["--data-dir", ".", "-o", LORASB[0]], "found a file, expected a folder"),
+        (["--data", "d", "--eval-data", "e", "--held-out", "0"], "at most one of --eval-data"),
     ],
 )
 def test_the_command_refuses_in_one_line(

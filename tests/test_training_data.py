@@ -48,6 +48,25 @@ def test_every_assistant_turn_of_a_chat_is_learned() -> None:
     assert whole(example) == CODEC.render_chat(messages, generation_prompt=False)
 
 
+def test_white_space_after_an_end_of_turn_of_its_own_is_not_learned() -> None:
+    """As in models whose turns do not end with the token that ends a text."""
+    tokenizer = pico_tokenizer()
+    tokenizer.eos_token = "<|endoftext|>"
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Arr"}]
+    example = encode_example({"messages": messages}, TextCodec(tokenizer))
+    assert learned(example) == "Arr<|im_end|>"
+    assert whole(example).endswith("Arr<|im_end|>\n")
+
+
+def test_an_example_without_anything_to_learn_is_refused(tmp_path: Path) -> None:
+    tokenizer = pico_tokenizer()
+    tokenizer.eos_token = None
+    path = tmp_path / "d.jsonl"
+    path.write_text('{"prompt": "", "completion": "x"}')
+    with pytest.raises(InputError, match="line 1: found no token to learn"):
+        read_data(path, TextCodec(tokenizer), 100)
+
+
 def test_a_completion_is_plain_text_and_an_end_token() -> None:
     example = encode_example({"prompt": "2+2=", "completion": "4"}, CODEC)
     assert whole(example) == "2+2=4<|im_end|>"
@@ -77,6 +96,9 @@ CHAT = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "co
         ('{"messages": [{"role": "user"}]}', "expected role and content"),
         ('{"messages": [{"role": "assistant", "content": [1]}]}', "expected text"),
         (json.dumps({"prompt": "x" * 99, "completion": "y"}), "line 2: found 101 tokens, expected"),
+        ('{"prompt": "a", "prompt": "b", "completion": "y"}', "line 2: found key 'prompt' twice"),
+        (r'{"prompt": "\ud800", "completion": "y"}', "line 2: found half of a surrogate pair"),
+        ("[" * 100_000, "line 2: found no JSON"),
     ],
 )
 def test_wrong_lines_are_named(line: str, message: str, tmp_path: Path) -> None:
@@ -94,6 +116,7 @@ def test_files_that_hold_nothing_are_refused(tmp_path: Path) -> None:
         ("empty.jsonl", "found no examples"),
         ("latin.jsonl", "outside UTF-8"),
         ("gone.jsonl", "no such data file"),
+        (".", "found a folder, expected a file"),
     ):
         with pytest.raises(InputError, match=message):
             read_data(tmp_path / name, CODEC, 100)

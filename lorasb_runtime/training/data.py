@@ -57,6 +57,8 @@ def read_data(path: Path, codec: TextCodec, max_length: int) -> DataFile:
         text = data.decode("utf-8")
     except FileNotFoundError:
         raise NotFoundError(f"{path}: no such data file") from None
+    except IsADirectoryError:
+        raise InputError(f"{path}: found a folder, expected a file of JSON lines") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: found byte {error.start} outside UTF-8") from None
     examples = []
@@ -70,6 +72,8 @@ def read_data(path: Path, codec: TextCodec, max_length: int) -> DataFile:
                     f"found {len(example.tokens)} tokens, expected at most {max_length} "
                     "(--max-length)"
                 )
+            if not example.answer_tokens:
+                raise InputError("found no token to learn, expected an answer")
         except InputError as error:
             raise InputError(f"{path} line {number}: {error}") from None
         examples.append(example)
@@ -91,11 +95,24 @@ def encode_example(record: dict[str, Any], codec: TextCodec) -> Example:
 
 def _parse_line(line: str) -> dict[str, Any]:
     try:
-        record = json.loads(line)
-    except ValueError as error:
+        record = json.loads(line, object_pairs_hook=_object)
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise InputError("found half of a surrogate pair, expected Unicode text") from None
+    except (ValueError, RecursionError) as error:
         raise InputError(f"found no JSON ({error})") from None
     if not isinstance(record, dict):
         raise InputError(f"found JSON of kind {type(record).__name__}, expected an object")
+    return record
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object, in which no key may come twice: one of the two would go unread."""
+    record = dict(pairs)
+    if len(record) != len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise InputError(f"found key {twice!r} twice, expected it once")
     return record
 
 
@@ -127,7 +144,7 @@ def _encode_chat(messages: Any, codec: TextCodec) -> Example:
             raise InputError("the chat template does not put turns one after the other")
         context = codec.encode(prompt[len(rendered) :], special_tokens=False)
         answer = codec.encode(whole[len(prompt) :], special_tokens=False)
-        learned = _through_end(answer, codec.eos_token_id)
+        learned = _through_end(answer, codec)
         tokens += [*context, *answer]
         labels += [*([NO_LOSS] * len(context)), *answer[:learned]]
         labels += [NO_LOSS] * (len(answer) - learned)
@@ -135,11 +152,19 @@ def _encode_chat(messages: Any, codec: TextCodec) -> Example:
     return Example(tuple(tokens), tuple(labels))
 
 
-def _through_end(answer: list[int], end: int | None) -> int:
-    """How many tokens of a turn there are up to its end token, which is included."""
-    if end is None or end not in answer:
-        return len(answer)
-    return len(answer) - answer[::-1].index(end)
+def _through_end(answer: list[int], codec: TextCodec) -> int:
+    """How many tokens of a turn there are up to its end token, which is included.
+
+    Where a turn ends with another token than the model's end token, all but the white space that
+    the template puts after it counts.
+    """
+    end = codec.eos_token_id
+    if end is not None and end in answer:
+        return len(answer) - answer[::-1].index(end)
+    count = len(answer)
+    while count and codec.decode([answer[count - 1]], skip_special_tokens=False).isspace():
+        count -= 1
+    return count
 
 
 def _check_messages(messages: Any) -> None:

@@ -28,7 +28,7 @@ def summed_gradients(
     """
     sums: dict[str, torch.Tensor] = {}
     modules = {t.module: model.get_submodule(t.module) for t in targets}
-    with _gathering(modules, sums), torch.enable_grad():
+    with _gathering(model, modules, sums), torch.enable_grad():
         for start in range(0, len(examples), batch_size):
             batch = examples[start : start + batch_size]
             counts = torch.tensor([e.answer_tokens for e in batch], device=model.device)
@@ -42,9 +42,16 @@ def summed_gradients(
 
 
 @contextmanager
-def _gathering(modules: dict[str, nn.Module], sums: dict[str, torch.Tensor]) -> Iterator[None]:
-    """Let the modules' weights alone want gradients, and add each into `sums` when it is there."""
+def _gathering(
+    model: nn.Module, modules: dict[str, nn.Module], sums: dict[str, torch.Tensor]
+) -> Iterator[None]:
+    """Let the modules' weights alone want gradients, and add each into `sums` when it is there.
+
+    Afterwards every parameter wants a gradient or not, as it did before.
+    """
+    before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     handles = []
+    model.requires_grad_(False)
     for name, module in modules.items():
         weight = module.get_parameter("weight")
         sums[name] = torch.zeros_like(weight, dtype=torch.float32)
@@ -55,8 +62,8 @@ def _gathering(modules: dict[str, nn.Module], sums: dict[str, torch.Tensor]) -> 
     finally:
         for handle in handles:
             handle.remove()
-        for module in modules.values():
-            module.get_parameter("weight").requires_grad_(False)
+        for parameter, wanted in before:
+            parameter.requires_grad_(wanted)
 
 
 def _taker(total: torch.Tensor) -> Callable[[torch.Tensor], None]:

@@ -116,8 +116,7 @@ class CoreTrainer:
         optimizer = self._optimizer()
         info = self._info(data, held_out, len(learned), len(aside), steps_in_all)
         rng = random.Random(f"{config.seed}:order")
-        step = 0
-        loss = math.nan
+        step, loss = 0, math.nan
         for _ in range(config.epochs):
             total, count = 0.0, 0
             for batch in shuffled_batches(learned, config.batch_size, rng):
@@ -148,10 +147,18 @@ class CoreTrainer:
     def _step(
         self, optimizer: torch.optim.Optimizer, batch: list[Example], rate: float
     ) -> tuple[float, int]:
-        """One optimiser step; the batch's summed loss and its answer tokens."""
+        """One optimiser step; the batch's summed loss and its answer tokens.
+
+        Raises InputError when the loss is no number any more: the rate was too high.
+        """
         for group in optimizer.param_groups:
             group["lr"] = rate * group["factor"]
         loss = answer_losses(self._model, batch).sum()
+        if not torch.isfinite(loss):
+            raise InputError(
+                f"found a loss of {loss.item()} in training, expected a number: "
+                f"--lr {self._config.lr:g} is too high, or --dtype {self._config.dtype} too narrow"
+            )
         tokens = sum(example.answer_tokens for example in batch)
         (loss / tokens).backward()
         torch.nn.utils.clip_grad_norm_([c.core for c in self._cores], CLIP_NORM)

@@ -4,10 +4,14 @@ from pathlib import Path
 
 import typer
 
+from lorasb_runtime.errors import InputError
 from lorasb_tools.report import JSON_FLAG, emit, phases
+
+GRADIENT_FLAGS = ("samples", "seed", "max_length", "batch_size")
 
 
 def derive(
+    context: typer.Context,
     model: str = typer.Argument(help="Hugging Face id or local folder."),
     output: Path = typer.Option(..., "-o", "--output", help="The basis file to write."),
     method: str = typer.Option("lora-sb", help="lora-sb (from data) or lora-xs (from weights)."),
@@ -26,9 +30,15 @@ def derive(
     as_json: bool = JSON_FLAG,
 ) -> None:
     """Derive the frozen pair (B, A) that all adapters of MODEL share."""
+    if output.is_dir():
+        raise InputError(f"{output}: found a folder, expected the basis file to write")
+
+    from lorasb_runtime.basis import find_method
     from lorasb_runtime.storage.basis_file import save_basis
     from lorasb_runtime.training.derive import DeriveConfig, derive_basis
 
+    if not find_method(method).needs_gradient:
+        _refuse_gradient_flags(context, method)
     config = DeriveConfig(method, rank, samples, targets, seed, dtype, max_length, batch_size)
     with phases() as report:
         basis = derive_basis(model, data, config, report)
@@ -48,3 +58,12 @@ def derive(
         f"  an adapter is {basis.size:,} numbers ({2 * basis.size:,} bytes in bf16)"
     )
     emit(result, text, as_json)
+
+
+def _refuse_gradient_flags(context: typer.Context, method: str) -> None:
+    """A method that reads the weights alone has no use for what chooses or limits samples."""
+    for name in GRADIENT_FLAGS:
+        source = context.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            flag = f"--{name.replace('_', '-')}"
+            raise InputError(f"method {method} takes no {flag}: its basis is of the weights")
