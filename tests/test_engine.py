@@ -111,7 +111,7 @@ def test_each_row_of_a_mixed_batch_has_the_logits_of_its_own_weights(
     model = load_model(pico, dtype, CPU)
     regions = KVRegions(2048, 16, 256, 8)
     slots = SlotTable(8, basis.size, dtype, CPU)
-    runner = ModelRunner(model, basis, slots, KVCache(kv_shape(model), regions, dtype, CPU))
+    runner = ModelRunner(model, basis, slots, KVCache(kv_shape(model), regions, model.dtype, CPU))
     rng = random.Random(3)
     owners: list[Adapter | None] = [None, *adapters, None, adapters[0]]
     prompts = [[rng.randrange(3, 250) for _ in range(rng.randint(1, 50))] for _ in owners]

@@ -15,6 +15,8 @@ BASE_SLOT = 0
 class SlotTable:
     """cores: [slots, D] on the device, scaled; slot 0 is the base model, all zeros for ever.
 
+    fills[slot] counts how often the slot got new cores: slot and count name its content.
+
     A version stays in its slot while leased and, after that, until its slot is needed: the least
     recently used version without a lease goes first.
     """
@@ -23,6 +25,7 @@ class SlotTable:
         if slots < 2:
             raise InputError(f"slots: found {slots}, expected at least 2 (slot 0 is the base)")
         self.cores = torch.zeros(slots, size, dtype=dtype, device=device)
+        self.fills = [0] * slots
         self._free = list(range(slots - 1, BASE_SLOT, -1))
         self._slot_of: dict[str, int] = {}
         self._version_of: dict[int, str] = {}
@@ -53,6 +56,7 @@ class SlotTable:
             if slot is None:
                 return None
             self.cores[slot].copy_(cores)
+            self.fills[slot] += 1
             self._slot_of[version] = slot
             self._version_of[slot] = version
         self._idle.pop(slot, None)

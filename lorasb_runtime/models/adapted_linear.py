@@ -10,75 +10,83 @@ from transformers import PreTrainedModel
 from lorasb_runtime.errors import BasisMismatchError
 from lorasb_runtime.models.targets import is_linear, weight_of
 from lorasb_runtime.ops.core_matmul import expand_add, scale_core, shrink
-from lorasb_runtime.ops.dense import dense
+from lorasb_runtime.ops.dense import pack_weight, packed_linear
 from lorasb_runtime.storage.basis_file import Basis
+
+ALL_ROWS = slice(None)
 
 
 class CoreSource(Protocol):
-    """Multiplies rows by their cores: one trainable core, or a slot's core for each row."""
+    """Computes R A x: with one trainable core, or with a slot's core for each row."""
 
     @property
-    def active(self) -> bool:
-        """False when no row has an adapter, so that the layer is its base alone."""
+    def rows(self) -> slice | None:
+        """The rows that may have an adapter; None when the layer is its base alone."""
 
-    def __call__(self, h: torch.Tensor) -> torch.Tensor:
-        """R h for each row: [..., r] -> [..., r]."""
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """R A x for these rows of x, counted over all leading dimensions: [..., in] -> [n, r]."""
 
 
 class AdaptedLinear(nn.Module):
-    """y = W0 x + B (R (A x)), W0 x by the untouched base layer.
+    """y = W0 x + B (R (A x)), W0 x by the untouched base layer. b: [out, r]."""
 
-    a: [r, in], b: [out, r], in the base weight's dtype and on its device.
-    """
-
-    a: torch.Tensor
     b: torch.Tensor
 
-    def __init__(self, base: nn.Module, a: torch.Tensor, b: torch.Tensor, core: CoreSource) -> None:
+    def __init__(self, base: nn.Module, b: torch.Tensor, core: CoreSource) -> None:
         super().__init__()
         self.base = base
-        weight = weight_of(base)
-        self.register_buffer("a", a.to(weight), persistent=False)
-        self.register_buffer("b", b.to(weight), persistent=False)
+        self.register_buffer("b", b, persistent=False)
         self.core = core
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y: torch.Tensor = self.base(x)
-        if not self.core.active:
-            return y
-        return expand_add(y, self.core(shrink(x, self.a)), self.b)
+        rows = self.core.rows
+        if rows is not None:
+            flat = y.view(-1, y.shape[-1])
+            expand_add(flat if rows == ALL_ROWS else flat[rows], self.core(x), self.b)
+        return y
 
 
-class DenseLinear(nn.Linear):
-    """A linear layer that multiplies through `ops.dense`; shares the weight it is made of."""
+class PackedLinear(nn.Linear):
+    """A linear layer whose weight is held in the CPU's own layout and nowhere else.
 
-    def __init__(self, base: nn.Linear) -> None:
+    `weight` is an empty tensor on the meta device: it has the shape and the dtype, no values.
+    """
+
+    def __init__(self, base: nn.Linear, packed: torch.Tensor) -> None:
         nn.Module.__init__(self)
         self.in_features, self.out_features = base.in_features, base.out_features
-        self.weight, self.bias = base.weight, base.bias
+        self.weight = nn.Parameter(torch.empty_like(base.weight, device="meta"), False)
+        self.bias = base.bias
+        self._packed = packed
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return dense(x, self.weight, self.bias)
+        return packed_linear(x, self._packed, self.bias)
 
 
-def use_dense(model: PreTrainedModel) -> None:
-    """Put a DenseLinear in the place of every plain `nn.Linear`."""
+def pack_linears(model: PreTrainedModel) -> None:
+    """Put a PackedLinear in the place of every plain `nn.Linear` for which that is faster."""
     for name, module in list(model.named_modules()):
         if type(module) is nn.Linear:
-            model.set_submodule(name, DenseLinear(module))
+            packed = pack_weight(module.weight)
+            if packed is not None:
+                model.set_submodule(name, PackedLinear(module, packed))
 
 
 class TrainableCore(nn.Module):
-    """One float32 core that every row shares, as training needs it."""
+    """One float32 core that every row shares, as training needs it. a: [r, in]."""
 
-    active = True
+    a: torch.Tensor
+    rows = ALL_ROWS
 
-    def __init__(self, initial: torch.Tensor, scaling: float) -> None:
+    def __init__(self, a: torch.Tensor, initial: torch.Tensor, scaling: float) -> None:
         super().__init__()
+        self.register_buffer("a", a, persistent=False)
         self.core = nn.Parameter(initial.float().clone())
         self.scaling = scaling
 
-    def forward(self, h: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = shrink(x.reshape(-1, x.shape[-1]), self.a)
         return h @ scale_core(self.core, self.scaling).to(h.dtype).t()
 
 
@@ -87,21 +95,26 @@ def adapt_model(
 ) -> None:
     """Put an AdaptedLinear in the place of every target; `make_core(i)` serves target i.
 
-    Raises BasisMismatchError when a target is missing, is no linear layer or has another shape.
+    Raises BasisMismatchError as `check_targets` does.
     """
-    modules = dict(model.named_modules())
+    check_targets(model, basis)
     for index, target in enumerate(basis.targets):
+        module = model.get_submodule(target.module)
+        b = basis.b(target.module).to(model.device, weight_of(module).dtype)
+        model.set_submodule(target.module, AdaptedLinear(module, b, make_core(index)))
+
+
+def check_targets(model: PreTrainedModel, basis: Basis) -> None:
+    """Raises BasisMismatchError when a target is missing, no linear layer or of another shape."""
+    modules = dict(model.named_modules())
+    for target in basis.targets:
         module = modules.get(target.module)
         if module is None or not is_linear(module):
             found = "no such module" if module is None else type(module).__name__
             raise BasisMismatchError(f"{target.module}: found {found}, expected a linear layer")
-        shape = tuple(weight_of(module).shape)
-        if shape != (target.out_features, target.in_features):
+        weight = weight_of(module)
+        if tuple(weight.shape) != (target.out_features, target.in_features):
             raise BasisMismatchError(
-                f"{target.module}: found a weight of {list(shape)}, "
+                f"{target.module}: found a weight of {list(weight.shape)}, "
                 f"expected [{target.out_features}, {target.in_features}]"
             )
-        adapted = AdaptedLinear(
-            module, basis.a(target.module), basis.b(target.module), make_core(index)
-        )
-        model.set_submodule(target.module, adapted)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lorasb_runtime.ops.dense import batched_matvec, dense, dense_add
+from lorasb_runtime.ops.dense import batched_matvec
 
 
 def scale_core(core: torch.Tensor, scaling: float) -> torch.Tensor:
@@ -30,38 +30,55 @@ def dense_delta(b: torch.Tensor, scaled_core: torch.Tensor, a: torch.Tensor) -> 
 class SlotRows:
     """Which slot each row of a ragged batch takes its core from.
 
-    The first `gathered.numel()` rows name their slots one by one (int64, on the device): the
-    decoding sequences. The rows after them come in runs (slot, start, end) that share a slot: the
-    prefill chunks. `any_adapter` is false when every row is of slot 0, the base model.
+    Rows 0..decodes are the decoding sequences, each with a slot of its own: `slots` int64
+    [decodes], on the device. The rows after them come in runs (slot, start, end) that share a
+    slot: the prefill chunks; so may all decoding rows, and `decodes` is 0 then.
+    Rows outside begin..end are all of slot 0, the base model; begin == end: every row is.
     """
 
-    gathered: torch.Tensor
+    slots: torch.Tensor
     runs: tuple[tuple[int, int, int], ...]
-    any_adapter: bool
+    begin: int
+    end: int
+
+    @property
+    def decodes(self) -> int:
+        return self.slots.shape[0]
 
 
-def apply_cores(h: torch.Tensor, cores: torch.Tensor, rows: SlotRows) -> torch.Tensor:
-    """Multiply each row of `h` [tokens, r] by its own scaled core: R h.
+def apply_cores(
+    h: torch.Tensor, cores: torch.Tensor, rows: SlotRows, own: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Multiply rows begin..end by their own scaled cores, for m target modules at once: R h.
 
-    cores: [slots, r, r], a view of the device table; slot 0 is zero.
+    h: [end - begin, m, r]; the result has its shape. cores: [slots, m, r, r], a view of the device
+    table in any float dtype; slot 0 is zero. own: the decoding rows' cores [decodes, m, r, r] in
+    h's dtype, contiguous, where someone has gathered them already.
     """
-    count = rows.gathered.numel()
-    own = cores.index_select(0, rows.gathered)
-    decoded = batched_matvec(own, h[:count])
-    if not rows.runs:
-        return decoded
-    parts = [decoded]
+    _, m, r = h.shape
+    parts = []
+    if rows.decodes:
+        if own is None:
+            own = cores.index_select(0, rows.slots).to(h.dtype)
+        decoded = batched_matvec(own.view(-1, r, r), h[: rows.decodes].reshape(-1, r))
+        parts.append(decoded.view(-1, m, r))
     for slot, start, end in rows.runs:
-        part = h[start:end]
-        parts.append(dense(part, cores[slot]) if slot else torch.zeros_like(part))
-    return torch.cat(parts)
+        if start < rows.end and end > rows.begin:
+            part = h[start - rows.begin : end - rows.begin]
+            if slot:
+                core = cores[slot].to(h.dtype)
+                part = torch.bmm(part.transpose(0, 1), core.transpose(1, 2)).transpose(0, 1)
+                parts.append(part)
+            else:
+                parts.append(torch.zeros_like(part))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def shrink(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-    """A x for every row: [..., in] -> [..., r]."""
-    return dense(x, a)
+    """A x for every row: [rows, in] -> [rows, r]."""
+    return torch.mm(x, a.t())
 
 
 def expand_add(y: torch.Tensor, h: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """y + B h for every row, in place: [..., out], [..., r] -> [..., out]."""
-    return dense_add(y, h, b)
+    """y + B h for every row, in place: [rows, out], [rows, r] -> [rows, out]."""
+    return y.addmm_(h, b.t())

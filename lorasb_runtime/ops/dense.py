@@ -1,32 +1,42 @@
-"""Dense multiplies, with a way round CPUs that have no instructions for 16-bit floats."""
+"""Dense multiplies in the form that is fastest on this device: prepacked weights, batched rows."""
 
 from functools import cache
 
 import torch
-from torch.nn.functional import linear
 
-# Below this many rows the multiply reads the weight once either way, and converting it costs more.
-FEWEST_ROWS = 4
+# Weights with fewer elements multiply faster as they are.
+SMALLEST_PACKED = 1 << 16
+# oneDNN lays a weight out for a number of rows; this layout is near the best from 1 to 512.
+PACKED_FOR_ROWS = 64
 
 
-def dense(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """x @ weight.T + bias: [..., in], [out, in] -> [..., out], in x's dtype.
+def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype in which weights of `dtype` are best held and multiplied on this device.
 
-    Where the CPU cannot multiply 16-bit floats itself, torch falls back to a slow kernel; then
-    weight and rows are widened to float32 for the call and the result is rounded once.
+    float32 for 16-bit floats on a CPU without instructions for them, where torch falls back to
+    kernels that are several times slower than its float32 ones; otherwise `dtype` itself.
     """
-    if _slow(x) and x.numel() >= FEWEST_ROWS * x.shape[-1]:
-        wide = linear(x.float(), weight.float(), None if bias is None else bias.float())
-        return wide.to(x.dtype)
-    return linear(x, weight, bias)
+    slow = device.type == "cpu" and dtype.itemsize == 2 and not _native(dtype)
+    return torch.float32 if slow else dtype
 
 
-def dense_add(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """y + x @ weight.T, written into y: [..., out], [..., in], [out, in] -> [..., out]."""
-    if _slow(x):
-        return y.add_(dense(x, weight))
-    flat = y.view(-1, y.shape[-1])
-    flat.addmm_(x.reshape(-1, x.shape[-1]), weight.t())
+def pack_weight(weight: torch.Tensor) -> torch.Tensor | None:
+    """The weight [out, in] in oneDNN's own layout, opaque; None where that would not help."""
+    if weight.device.type != "cpu" or weight.numel() < SMALLEST_PACKED:
+        return None
+    if not torch.backends.mkldnn.is_available() or not _native(weight.dtype):
+        return None
+    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(
+        weight.contiguous(), PACKED_FOR_ROWS
+    )
+    return packed
+
+
+def packed_linear(
+    x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """x @ weight.T + bias for a weight from `pack_weight`: [..., in] -> [..., out]."""
+    y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
     return y
 
 
@@ -36,20 +46,14 @@ def batched_matvec(matrices: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     As a row times a transposed matrix, which torch's CPU kernel does several times faster than a
     matrix times a column from r = 32 on, and no slower below.
     """
-    if _slow(rows):
-        return batched_matvec(matrices.float(), rows.float()).to(rows.dtype)
     return torch.bmm(rows.unsqueeze(1), matrices.transpose(1, 2)).squeeze(1)
 
 
-def _slow(x: torch.Tensor) -> bool:
-    return x.device.type == "cpu" and x.dtype in _slow_dtypes()
-
-
 @cache
-def _slow_dtypes() -> frozenset[torch.dtype]:
-    """16-bit float dtypes that this CPU has no instructions for."""
-    supported = {
-        torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported,
-        torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported,
-    }
-    return frozenset(dtype for dtype, check in supported.items() if not check())
+def _native(dtype: torch.dtype) -> bool:
+    """Whether this CPU has instructions for the dtype."""
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if dtype == torch.float16:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return dtype == torch.float32

@@ -85,8 +85,9 @@ class CoreTrainer:
         self._rates = [rate_factor(self._basis, t.module) for t in self._basis.targets]
 
     def _make_core(self, index: int) -> TrainableCore:
-        rank = self._basis.targets[index].rank
-        core = TrainableCore(torch.zeros(rank, rank), self._basis.scaling)
+        target = self._basis.targets[index]
+        a = self._basis.a(target.module).to(self._model.dtype)
+        core = TrainableCore(a, torch.zeros(target.rank, target.rank), self._basis.scaling)
         self._cores.append(core.to(self._model.device))
         return core
 

@@ -46,7 +46,9 @@ def build_engine(
     cache = KVCache(shape, regions, model.dtype, model.device)
     slots = None
     if basis is not None:
-        slots = SlotTable(config.slots, basis.size, model.dtype, model.device)
+        stored = model.config.dtype
+        assert isinstance(stored, torch.dtype)
+        slots = SlotTable(config.slots, basis.size, stored, model.device)
     info = EngineInfo(
         max_model_len=longest,
         vocab_size=int(model.config.get_text_config().vocab_size),

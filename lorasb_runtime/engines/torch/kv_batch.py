@@ -10,7 +10,7 @@ import torch
 from lorasb_runtime.engines.torch.kv_cache import KVCache
 from lorasb_runtime.engines.torch.kv_regions import Region
 from lorasb_runtime.engines.torch.scheduler import Step
-from lorasb_runtime.ops.attention import attend_decode, attend_prefill, causal_mask, decode_mask
+from lorasb_runtime.ops.attention import attend_decode, attend_prefill, causal_bias, decode_bias
 
 # Decoding rows are read in place, idle rows between them included, down to this share of use;
 # below it the rows are gathered.
@@ -44,7 +44,7 @@ class DecodeGroup:
     width: int
     lo: int
     hi: int
-    _masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
+    _biases: dict[int | None, torch.Tensor] = field(default_factory=dict)
 
     @property
     def gathered(self) -> bool:
@@ -57,24 +57,23 @@ class DecodeGroup:
         if self.gathered:
             k = keys[:, :, : self.width].index_select(0, self.rows)
             v = values[:, :, : self.width].index_select(0, self.rows)
-            lengths = self.positions + 1
-            return attend_decode(
-                q, k, v, self._mask(lengths, call.window), call.scaling, call.softcap
-            )
+            bias = self._bias(self.positions + 1, call.window, q)
+            return attend_decode(q, k, v, bias, call.scaling, call.softcap)
         k = keys[self.lo : self.hi, :, : self.width]
         v = values[self.lo : self.hi, :, : self.width]
-        mask = self._mask(self.lengths, call.window)
         if self.hi - self.lo == q.shape[0]:
-            return attend_decode(q, k, v, mask, call.scaling, call.softcap)
+            bias = self._bias(self.lengths, call.window, q)
+            return attend_decode(q, k, v, bias, call.scaling, call.softcap)
         spread = q.new_zeros(self.hi - self.lo, *q.shape[1:])
         spread[self.rows - self.lo] = q
-        out = attend_decode(spread, k, v, mask, call.scaling, call.softcap)
+        bias = self._bias(self.lengths, call.window, spread)
+        out = attend_decode(spread, k, v, bias, call.scaling, call.softcap)
         return out[self.rows - self.lo]
 
-    def _mask(self, lengths: torch.Tensor, window: int | None) -> torch.Tensor:
-        if window not in self._masks:
-            self._masks[window] = decode_mask(lengths, self.width, window)
-        return self._masks[window]
+    def _bias(self, lengths: torch.Tensor, window: int | None, q: torch.Tensor) -> torch.Tensor:
+        if window not in self._biases:
+            self._biases[window] = decode_bias(lengths, self.width, window, q)
+        return self._biases[window]
 
 
 @dataclass
@@ -85,20 +84,19 @@ class PrefillSpan:
     start: int
     begin: int
     end: int
-    _masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
+    _biases: dict[int | None, torch.Tensor] = field(default_factory=dict)
 
     def attend(self, cache: KVCache, q: torch.Tensor, call: LayerCall) -> torch.Tensor:
         """[heads, chunk, d] -> [heads, chunk, d]."""
         stop = self.start + self.end - self.begin
         k = cache.keys[self.region.size][call.layer][self.region.row, :, :stop]
         v = cache.values[self.region.size][call.layer][self.region.row, :, :stop]
-        mask = None
+        bias = None
         if self.start or (call.window is not None and stop > call.window):
-            if call.window not in self._masks:
-                mask = causal_mask(self.start, stop, call.window, q.device)
-                self._masks[call.window] = mask
-            mask = self._masks[call.window]
-        return attend_prefill(q, k, v, mask, call.scaling, call.softcap)
+            if call.window not in self._biases:
+                self._biases[call.window] = causal_bias(self.start, stop, call.window, q)
+            bias = self._biases[call.window]
+        return attend_prefill(q, k, v, bias, call.scaling, call.softcap)
 
 
 @dataclass

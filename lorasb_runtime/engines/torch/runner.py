@@ -1,6 +1,6 @@
 """Owns device and model, and runs one scheduled step: tokens in, logits of the last ones out."""
 
-from dataclasses import dataclass
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +9,20 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from lorasb_runtime.adapters.slots import BASE_SLOT, SlotTable
 from lorasb_runtime.engines.base import SamplingParams
+from lorasb_runtime.engines.torch.core_rows import CoreRows, slot_cores
 from lorasb_runtime.engines.torch.kv_batch import KVBatch, LayerCall, build_kv_batch
 from lorasb_runtime.engines.torch.kv_cache import KVCache, KVShape
 from lorasb_runtime.engines.torch.kv_regions import KVRegions, Region
 from lorasb_runtime.engines.torch.scheduler import Chunk, Step
 from lorasb_runtime.engines.torch.sequence import Sequence
 from lorasb_runtime.errors import InputError
-from lorasb_runtime.models.adapted_linear import adapt_model, use_dense
+from lorasb_runtime.models.adapted_linear import adapt_model, check_targets, pack_linears
 from lorasb_runtime.models.load import load_causal_lm
-from lorasb_runtime.ops.core_matmul import SlotRows, apply_cores
+from lorasb_runtime.models.shared_inputs import neighbours_with_one_input, watch_inputs
+from lorasb_runtime.ops.dense import compute_dtype
 from lorasb_runtime.storage.basis_file import Basis
+
+logger = logging.getLogger(__name__)
 
 ATTENTION = "lorasb"
 PROBE_TOKENS = 24  # length of the prompt on which our attention is checked against the model's own
@@ -54,60 +58,36 @@ def _attention(
 AttentionInterface.register(ATTENTION, _attention)
 
 
-@dataclass
-class BatchRows:
-    """The rows of the step that is running, shared by all adapted layers of one runner."""
-
-    rows: SlotRows
-
-
-class SlotCores:
-    """A target's view of the slot table: [slots, r, r]; multiplies each row by its slot's core."""
-
-    def __init__(self, cores: torch.Tensor, batch: BatchRows) -> None:
-        self._cores = cores
-        self._batch = batch
-
-    @property
-    def active(self) -> bool:
-        return self._batch.rows.any_adapter
-
-    def __call__(self, h: torch.Tensor) -> torch.Tensor:
-        flat = h.reshape(-1, h.shape[-1])
-        return apply_cores(flat, self._cores, self._batch.rows).view(h.shape)
-
-
 def load_model(folder: Path, dtype: torch.dtype | None, device: torch.device) -> PreTrainedModel:
     """The base model on its device, attention routed through the KV cache.
 
+    Rounded to `dtype` (None: the checkpoint's), then held in the dtype that the device multiplies
+    fastest (`compute_dtype`); `model.config.dtype` keeps the former.
     Raises InputError, naming the architecture, when its answers would not be the model's own.
     """
     model = load_causal_lm(folder, dtype)
-    model.to(device)  # type: ignore[arg-type]
+    held = compute_dtype(model.dtype, device)
+    if held != model.dtype:
+        logger.info("this CPU has no %s instructions: weights are held in %s", model.dtype, held)
+    model.to(device=device, dtype=held)  # type: ignore[call-arg]
     check_attention(model)
-    use_dense(model)
     return model
 
 
 @torch.inference_mode()
 def check_attention(model: PreTrainedModel) -> None:
-    """Switch the model to our attention, having compared it with its own on a short prompt.
+    """Switch the model to our attention and layers, compared with its own on a short prompt.
 
     A model that needs what our attention does not have (attention sinks, ALiBi, a recurrent
     state) gives other logits and is refused by name.
     """
     name = type(model).__name__
-    vocab = int(model.config.get_text_config().vocab_size)
-    tokens = torch.arange(PROBE_TOKENS, device=model.device)[None] * 37 % vocab
+    tokens = _probe_tokens(model)
     expected = model(input_ids=tokens, use_cache=False).logits[0].float()
     try:
         model.set_attn_implementation(ATTENTION)
-        shape = kv_shape(model)
-        regions = KVRegions(PROBE_TOKENS, PROBE_TOKENS, PROBE_TOKENS, 1)
-        cache = KVCache(shape, regions, model.dtype, model.device)
-        region = regions.allocate(PROBE_TOKENS)
-        assert region is not None
-        cache.prepare([])
+        pack_linears(model)
+        cache, region = _probe_cache(model)
         found = [_probe(model, cache, region, tokens, 0, 16)]
         for position in range(16, PROBE_TOKENS):
             found.append(_probe(model, cache, region, tokens, position, position + 1))
@@ -123,6 +103,29 @@ def check_attention(model: PreTrainedModel) -> None:
             f"{name}: architecture not supported by the torch engine "
             f"(found logits off by {off:.3g}, expected at most {allowed:.3g})"
         )
+
+
+def _probe_tokens(model: PreTrainedModel) -> torch.Tensor:
+    vocab = int(model.config.get_text_config().vocab_size)
+    return torch.arange(PROBE_TOKENS, device=model.device)[None] * 37 % vocab
+
+
+def _probe_cache(model: PreTrainedModel) -> tuple[KVCache, Region]:
+    regions = KVRegions(PROBE_TOKENS, PROBE_TOKENS, PROBE_TOKENS, 1)
+    cache = KVCache(kv_shape(model), regions, model.dtype, model.device)
+    region = regions.allocate(PROBE_TOKENS)
+    assert region is not None
+    cache.prepare([])
+    return cache, region
+
+
+@torch.inference_mode()
+def shared_inputs(model: PreTrainedModel, basis: Basis) -> list[list[str]]:
+    """The basis' targets in order, those together that read the same input (q, k and v)."""
+    names = [target.module for target in basis.targets]
+    with watch_inputs(model, names) as inputs:
+        _probe(model, *_probe_cache(model), _probe_tokens(model), 0, PROBE_TOKENS)
+    return neighbours_with_one_input(names, inputs)
 
 
 def _probe(
@@ -168,19 +171,18 @@ class ModelRunner:
         self.device = model.device
         self._model = model
         self._cache = cache
-        self._batch = BatchRows(SlotRows(torch.zeros(0, dtype=torch.int64), (), False))
+        self._cores: CoreRows | None = None
         if basis is not None and slots is not None:
-            adapt_model(model, basis, lambda i: self._slot_cores(basis, slots, i))
-
-    def _slot_cores(self, basis: Basis, slots: SlotTable, index: int) -> SlotCores:
-        rank = basis.targets[index].rank
-        span = slots.cores[:, basis.offsets[index] : basis.offsets[index + 1]]
-        return SlotCores(span.view(-1, rank, rank), self._batch)
+            check_targets(model, basis)
+            shared = shared_inputs(model, basis)
+            self._cores, cores = slot_cores(basis, slots, model.dtype, shared)
+            adapt_model(model, basis, lambda index: cores[index])
 
     @torch.inference_mode()
     def run(self, step: Step) -> tuple[list[Sequence], torch.Tensor]:
         """Compute the step; returns who gets a token, and their logits [n, vocab] in float32."""
         self._cache.prepare(step.moves)
+        step.prefills.sort(key=lambda chunk: chunk.sequence.slot in (None, BASE_SLOT))
         kv_batch = build_kv_batch(self._cache, step, self.device)
         ids = [s.tokens[s.computed - 1] for s in step.decodes]
         positions = [s.computed - 1 for s in step.decodes]
@@ -195,10 +197,8 @@ class ModelRunner:
             if chunk.last:
                 keep.append(len(ids) - 1)
                 receivers.append(chunk.sequence)
-        slots = [s.slot or BASE_SLOT for s in step.decodes]
-        any_adapter = any(slots) or any(slot for slot, _, _ in runs)
-        gathered = torch.tensor(slots, dtype=torch.int64, device=self.device)
-        self._batch.rows = SlotRows(gathered, tuple(runs), any_adapter)
+        if self._cores is not None:
+            self._cores.prepare([s.slot or BASE_SLOT for s in step.decodes], runs)
         logits = self._model(
             input_ids=torch.tensor([ids], device=self.device),
             position_ids=torch.tensor([positions], device=self.device),
