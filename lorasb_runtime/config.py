@@ -5,10 +5,15 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """KV cache: its size in bytes, and the smallest region that a sequence is given (tokens)."""
+    """KV cache: its size in bytes, and the smallest region that a sequence is given (tokens).
+
+    Beside it the prefix cache: its size in bytes (0: none), and its blocks' length in tokens.
+    """
 
     nbytes: int = 2 << 30
     smallest_region: int = 256
+    prefix_nbytes: int = 512 << 20
+    prefix_block: int = 16
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from lorasb_runtime.adapters.loader import LoadedAdapter
 from lorasb_runtime.adapters.names import parse_name
 from lorasb_runtime.adapters.slots import SlotTable
 from lorasb_runtime.config import CacheConfig, EngineConfig, SchedulerConfig
-from lorasb_runtime.engines.base import Chunk, GenerationRequest, SamplingParams
+from lorasb_runtime.engines.base import Chunk, GenerationRequest, Grammar, SamplingParams
 from lorasb_runtime.engines.torch.build import load_engine
 from lorasb_runtime.engines.torch.engine import TorchEngine
 from lorasb_runtime.engines.torch.kv_cache import KVCache
@@ -50,7 +51,7 @@ def engine(pico: Path, basis: Basis) -> Iterator[TorchEngine]:
     config = EngineConfig(
         dtype="float32",
         slots=3,
-        cache=CacheConfig(nbytes=1 << 20, smallest_region=16),
+        cache=CacheConfig(1 << 20, smallest_region=16, prefix_nbytes=1 << 16, prefix_block=4),
         scheduler=SchedulerConfig(max_num_seqs=6, max_batched_tokens=40, max_waiting=50),
     )
     engine = load_engine(pico, basis, config)
@@ -127,7 +128,8 @@ def test_each_row_of_a_mixed_batch_has_the_logits_of_its_own_weights(
         scheduler.add(sequence)
     rows: dict[str, list[torch.Tensor]] = {s.request_id: [] for s in sequences}
     while min(len(r) for r in rows.values()) < 8:
-        for sequence, logits in zip(*runner.run(scheduler.schedule()), strict=True):
+        result = runner.run(scheduler.schedule())
+        for sequence, logits in zip(result.receivers, result.logits, strict=True):
             rows[sequence.request_id].append(logits)
             sequence.tokens.append(rng.randrange(3, 250))
     for sequence, owner in zip(sequences, owners, strict=True):
@@ -221,6 +223,93 @@ def test_logprobs_are_those_of_the_model(engine: TorchEngine, pico: Path, basis:
         (entry,) = chunk.logprobs
         assert entry.logprob == pytest.approx(row[entry.token].item(), abs=1e-4)
         assert [t for t, _ in entry.top] == row.topk(3).indices.tolist()
+
+
+def test_prompt_logprobs_are_those_of_the_model(
+    engine: TorchEngine, pico: Path, basis: Basis, adapters: list[Adapter]
+) -> None:
+    """A prompt longer than a step, whose beginning the prefix cache holds already."""
+    prompt = [(7 * i) % 200 + 3 for i in range(90)]
+    adapter = loaded(basis, adapters[1])
+    asyncio.run(run(engine, request(prompt, adapter)))
+    params = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True, prompt_logprobs=2)
+    chunks = asyncio.run(run(engine, request(prompt, adapter, params, n=2)))
+    found = chunks[0][0].prompt_logprobs
+    expected = reference_logits(pico, basis, adapters[1], prompt).log_softmax(-1)
+    assert [entry.token for entry in found] == prompt[1:]
+    for row, entry in zip(expected, found, strict=False):
+        assert entry.logprob == pytest.approx(row[entry.token].item(), abs=1e-3)
+        assert [t for t, _ in entry.top] == row.topk(2).indices.tolist()
+    assert not chunks[1][0].prompt_logprobs and not chunks[0][1].prompt_logprobs
+
+
+def test_a_shared_beginning_is_computed_once_under_one_adapter_and_tenant(
+    engine: TorchEngine, basis: Basis, adapters: list[Adapter]
+) -> None:
+    rng = random.Random(11)
+    system = [rng.randrange(3, 250) for _ in range(40)]
+    prompts = [system + [rng.randrange(3, 250) for _ in range(5)] for _ in range(3)]
+    first, second = loaded(basis, adapters[0]), loaded(basis, adapters[2])
+
+    def ask(prompt: list[int], adapter: LoadedAdapter, tenant: str = "") -> tuple[int, list[int]]:
+        asked = GenerationRequest("t", tuple(prompt), GREEDY, adapter, 1, tenant)
+        chunks = asyncio.run(run(engine, asked))[0]
+        return chunks[0].cached_tokens, tokens_of(chunks)
+
+    fresh = ask(prompts[0], first, "someone else")
+    assert fresh[0] == 0
+    assert ask(prompts[0], first) == fresh
+    assert ask(prompts[1], first)[0] == 40
+    assert ask(prompts[0], first) == (44, fresh[1])
+    assert ask(prompts[0], second)[0] == 0
+    assert ask(prompts[2], first, "someone else")[0] == 40
+
+
+def test_what_a_failed_step_did_not_save_is_not_reused(
+    engine: TorchEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    prompt = [(11 * i) % 240 + 3 for i in range(60)]
+
+    def broken(step: object) -> None:
+        raise RuntimeError("no memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._runner, "run", broken)
+        with pytest.raises(EngineError):
+            asyncio.run(run(engine, request(prompt)))
+    chunks = asyncio.run(run(engine, request(prompt)))[0]
+    assert chunks[0].cached_tokens == 0
+
+
+@pytest.mark.parametrize(
+    ("grammar", "pattern"),
+    [
+        (Grammar("regex", "[ab]{3}x"), r"[ab]{3}x"),
+        (Grammar("choice", '["yes", "no"]'), r"yes|no"),
+        (Grammar("json_schema", '{"type": "boolean"}'), r"true|false"),
+        (Grammar("lark", 'start: "<" /[0-9]{2}/ ">"'), r"<[0-9]{2}>"),
+    ],
+)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_output_conforms_to_the_grammar(
+    temperature: float, grammar: Grammar, pattern: str, engine: TorchEngine
+) -> None:
+    params = SamplingParams(
+        temperature=temperature, max_tokens=30, grammar=grammar, min_tokens=9, ignore_eos=True
+    )
+    chunks = asyncio.run(run(engine, request([40, 41], None, params, n=3)))
+    for index in range(3):
+        assert re.fullmatch(pattern, text_of(chunks[index]))
+        assert chunks[index][-1].finish_reason == "stop"
+
+
+@pytest.mark.parametrize(
+    "grammar", [Grammar("regex", "(a"), Grammar("json_schema", "{"), Grammar("lark", "start: nope")]
+)
+def test_a_grammar_that_is_none_is_refused(grammar: Grammar, engine: TorchEngine) -> None:
+    params = SamplingParams(grammar=grammar)
+    with pytest.raises(InputError, match=f"{grammar.kind}: found one that cannot be used"):
+        asyncio.run(run(engine, request([40, 41], None, params)))
 
 
 def test_a_request_that_goes_away_leaves_nothing(

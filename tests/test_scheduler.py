@@ -5,12 +5,14 @@ import random
 from lorasb_runtime.config import SchedulerConfig
 from lorasb_runtime.engines.base import SamplingParams
 from lorasb_runtime.engines.torch.kv_regions import KVRegions, Region
+from lorasb_runtime.engines.torch.prefix_cache import BlockCopy, PrefixCache
 from lorasb_runtime.engines.torch.scheduler import Scheduler, Step
 from lorasb_runtime.engines.torch.sequence import Sequence
 
 
-def sequence(name: str, prompt: int, limit: int = 1000) -> Sequence:
-    return Sequence(name, 0, list(range(prompt)), prompt, limit, SamplingParams(), 0)
+def sequence(name: str, prompt: int, limit: int = 1000, tenant: str = "") -> Sequence:
+    tokens = list(range(prompt))
+    return Sequence(name, 0, tokens, prompt, limit, SamplingParams(), 0, tenant=tenant)
 
 
 class Leases:
@@ -31,12 +33,15 @@ class Leases:
 
 
 def scheduler(
-    budget: int = 4096, leases: Leases | None = None, **limits: int
+    budget: int = 4096,
+    leases: Leases | None = None,
+    prefixes: PrefixCache | None = None,
+    **limits: int,
 ) -> tuple[Scheduler, KVRegions]:
     config = SchedulerConfig(**{"max_num_seqs": 8, "max_batched_tokens": 64, **limits})
     regions = KVRegions(budget, 16, min(256, budget), config.max_num_seqs)
     leases = leases or Leases()
-    return Scheduler(config, regions, leases.lease, leases.release), regions
+    return Scheduler(config, regions, leases.lease, leases.release, prefixes), regions
 
 
 def sample(step: Step) -> None:
@@ -71,6 +76,89 @@ def test_prefill_and_decode_share_a_step_and_new_ones_join_at_once() -> None:
     step = sched.schedule()
     assert step.decodes == [a]
     assert [(c.sequence, c.start, c.count, c.last) for c in step.prefills] == [(b, 0, 6, True)]
+
+
+def test_short_prompts_do_not_wait_for_a_long_one_nor_it_for_them() -> None:
+    sched, _ = scheduler()
+    long = sequence("long", 200)
+    sched.add(long)
+    sched.schedule()
+    for i in range(4):
+        sched.add(sequence(str(i), 24))
+    counts = {c.sequence.request_id: c.count for c in sched.schedule().prefills}
+    assert counts == {"0": 24, "1": 24, "long": 16}
+
+
+def test_owners_take_turns() -> None:
+    sched, _ = scheduler(max_num_seqs=4)
+    for i in range(6):
+        sched.add(sequence(f"a{i}", 2, tenant="a"))
+    for i in range(2):
+        sched.add(sequence(f"b{i}", 2, tenant="b"))
+    sched.schedule()
+    assert [s.request_id for s in sched.running] == ["a0", "b0", "a1", "b1"]
+
+
+def test_a_prompt_begun_like_a_past_one_is_restored() -> None:
+    sched, _ = scheduler(prefixes=PrefixCache(8, 4))
+    first = sequence("first", 11)
+    sched.add(first)
+    assert not sched.schedule().restores
+    assert first.region
+    save = BlockCopy(first.region, 0, (0, 1))
+    second = sequence("second", 15)
+    sched.add(second)
+    first.tokens.append(0)
+    step = sched.schedule()
+    assert step.saves == [save]
+    assert second.region and step.restores == [BlockCopy(second.region, 0, (0, 1))]
+    assert [(c.start, c.count) for c in step.prefills] == [(8, 7)]
+    assert (first.cached, second.cached) == (0, 8)
+
+
+def test_nothing_is_shared_across_tenants_and_the_last_token_is_always_computed() -> None:
+    sched, _ = scheduler(prefixes=PrefixCache(8, 4))
+    first, other, same = sequence("a", 8), sequence("b", 8, tenant="x"), sequence("c", 8)
+    for s in (first, other, same):
+        sched.add(s)
+        sample(sched.schedule())
+        sched.finish(s)
+    assert (first.cached, other.cached, same.cached) == (0, 0, 4)
+
+
+def test_one_prompt_sent_many_times_at_once_is_computed_once() -> None:
+    sched, _ = scheduler(prefixes=PrefixCache(8, 4))
+    several = [sequence(str(i), 9) for i in range(3)]
+    for s in several:
+        sched.add(s)
+    step = sched.schedule()
+    assert [c.sequence for c in step.prefills] == several[:1]
+    sample(step)
+    step = sched.schedule()
+    assert [(c.start, c.count) for c in step.prefills] == [(8, 1), (8, 1)]
+
+
+def test_kept_blocks_are_evicted_from_the_end_of_the_chain_not_used_for_longest() -> None:
+    cache = PrefixCache(4, 4)
+
+    def keep(tokens: list[int]) -> int:
+        s = Sequence("s", 0, tokens, len(tokens), 99, SamplingParams(), 0, computed=len(tokens))
+        s.region = Region(0, 0)
+        copy = cache.keep(s)
+        return len(copy.ids) if copy else 0
+
+    def kept(tokens: list[int]) -> int:
+        s = Sequence("s", 0, [*tokens, 1], len(tokens), 99, SamplingParams(), 0)
+        return len(cache.match(cache.wanted(s)))
+
+    old, new = list(range(100, 112)), list(range(200, 208))
+    assert keep(old) == 3 and keep(old) == 0
+    assert keep(new) == 2 and cache.used == 4
+    assert kept(new) == 2 and kept(old) == 2
+    assert keep(list(range(300, 340))) == 4  # larger than the cache: its beginning is kept
+    assert kept(old) == kept(new) == 0
+    cache.clear()
+    assert cache.used == 0 and keep(old) == 3
 
 
 def test_no_more_sequences_run_than_allowed() -> None:
@@ -133,8 +221,10 @@ def test_random_loads_keep_every_region_single_owned_and_end_at_zero() -> None:
     rng = random.Random(7)
     for _ in range(30):
         leases = Leases(rng.choice([None, 2, 5]))
-        sched, regions = scheduler(budget=rng.choice([256, 700, 3000]), leases=leases)
-        left = [sequence(str(i), rng.randint(1, 200), 256) for i in range(20)]
+        prefixes = rng.choice([None, PrefixCache(12, 8)])
+        budget = rng.choice([256, 700, 3000])
+        sched, regions = scheduler(budget=budget, leases=leases, prefixes=prefixes)
+        left = [sequence(str(i), rng.randint(1, 200), 256, rng.choice("ab")) for i in range(20)]
         everyone = list(left)
         for _ in range(5000):
             if left and rng.random() < 0.3:

@@ -345,7 +345,7 @@ REFUSED: list[tuple[str, dict[str, Any], int, str | None]] = [
     ("chat/completions", {**CHAT, "temperature": "1"}, 400, "temperature"),
     ("chat/completions", {**CHAT, "temperature": 3}, 400, "temperature"),
     ("chat/completions", {**CHAT, "top_logprobs": 2}, 400, "top_logprobs"),
-    ("chat/completions", {**CHAT, "response_format": {"type": "json_object"}}, 400, None),
+    ("chat/completions", {**CHAT, "response_format": {"type": "xml"}}, 400, None),
     ("chat/completions", {"model": "pico"}, 400, "messages"),
     ("chat/completions", {"model": "pico", "messages": []}, 400, "messages"),
     ("chat/completions", {**CHAT, "max_tokens": 5, "max_completion_tokens": 6}, 400, "max_tokens"),

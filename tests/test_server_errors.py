@@ -89,7 +89,7 @@ CHAT_ONLY: list[tuple[dict[str, Any], str, str]] = [
     ({"max_tokens": 4, "max_completion_tokens": 5}, "max_tokens", "differs"),
     ({"max_completion_tokens": 999}, "max_completion_tokens", "context length"),
     ({"messages": [{"role": "user", "content": "x" * 300}]}, "messages", "context length"),
-    ({"response_format": {"type": "json_object"}}, "response_format.type", "text"),
+    ({"response_format": {"type": "xml"}}, "response_format", "json_schema"),
 ]
 PLAIN_ONLY: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": []}, "prompt", "non-empty list"),

@@ -15,13 +15,29 @@ if TYPE_CHECKING:
 FinishReason = Literal["stop", "length", "abort"]
 
 
+GrammarKind = Literal["json_schema", "regex", "choice", "lark"]
+
+
+@dataclass(frozen=True)
+class Grammar:
+    """What a completion has to conform to.
+
+    text: a JSON schema, a regular expression, a JSON list of the texts to choose from, or a
+    context-free grammar in Lark's syntax.
+    """
+
+    kind: GrammarKind
+    text: str
+
+
 @dataclass(frozen=True)
 class SamplingParams:
     """How tokens are chosen and when a sequence ends; fields and defaults as vLLM names them.
 
     temperature 0 is greedy. top_k 0 or -1, top_p 1 and min_p 0 switch the filter off.
     max_tokens None means up to the context's end. logprobs counts the alternatives to report
-    with each token (None: no log-probabilities at all).
+    with each token (None: no log-probabilities at all), prompt_logprobs with each prompt token.
+    A grammar ends a sequence when nothing may follow, min_tokens or not.
     """
 
     temperature: float = 1.0
@@ -40,17 +56,23 @@ class SamplingParams:
     ignore_eos: bool = False
     skip_special_tokens: bool = True
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One prompt and `n` completions of it under one adapter (None: the base model)."""
+    """One prompt and `n` completions of it under one adapter (None: the base model).
+
+    Work on a prompt is shared only between requests of one `tenant` under one adapter version.
+    """
 
     request_id: str
     prompt: tuple[int, ...]
     sampling: SamplingParams
     adapter: "LoadedAdapter | None" = None
     n: int = 1
+    tenant: str = ""
 
 
 @dataclass(frozen=True)
@@ -67,7 +89,9 @@ class Chunk:
     """New output of completion `index`; the last chunk of each has a finish reason.
 
     `text` never holds part of a stop string or of a multi-byte character. `tokens` are the ids
-    generated since the last chunk, an ending eos or stop token included.
+    generated since the last chunk, an ending eos or stop token included. `cached_tokens` says, in
+    the first chunk of completion 0, how much of the prompt was found in the prefix cache; the
+    same chunk holds `prompt_logprobs`, one entry for each prompt token after the first.
     """
 
     index: int
@@ -76,6 +100,8 @@ class Chunk:
     logprobs: tuple[TokenLogprob, ...] = ()
     finish_reason: FinishReason | None = None
     stop_reason: str | int | None = None
+    cached_tokens: int = 0
+    prompt_logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -89,7 +115,10 @@ class EngineInfo:
 
 @dataclass(frozen=True)
 class EngineStats:
-    """Gauges read at any time: sequences, adapter slots and KV tokens in use."""
+    """Gauges read at any time: sequences, adapter slots and KV tokens in use.
+
+    step_seconds counts the time spent in steps, forward_seconds what of it was the model's forward.
+    """
 
     running: int
     waiting: int
@@ -98,6 +127,8 @@ class EngineStats:
     kv_tokens_used: int
     kv_tokens: int
     steps: int
+    step_seconds: float = 0.0
+    forward_seconds: float = 0.0
 
 
 class Engine(Protocol):

@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse, Response
 
 from lorasb_runtime.engines.base import TokenLogprob
 from lorasb_runtime.models.text import TextCodec
-from lorasb_server.generate import Choice, Generation, check_limits, unless_gone
+from lorasb_server.generate import Choice, Generation, check_limits, finite, unless_gone
 from lorasb_server.schemas.chat import ChatRequest
 from lorasb_server.service import Service
 from lorasb_server.sse import event_stream
@@ -57,7 +57,14 @@ def _whole(body: ChatRequest, generation: Generation, choices: list[Choice]) -> 
             for index, choice in enumerate(choices)
         ],
         "usage": generation.usage(),
+        **_prompt_logprobs(body, generation),
     }
+
+
+def _prompt_logprobs(body: ChatRequest, generation: Generation) -> dict[str, Any]:
+    if body.prompt_logprobs is None:
+        return {}
+    return {"prompt_logprobs": generation.shown_prompt_logprobs(0)}
 
 
 async def _stream(
@@ -125,8 +132,3 @@ def _token(codec: TextCodec, token: int, logprob: float) -> dict[str, Any]:
         "logprob": finite(logprob),
         "bytes": list(text.encode()) if whole else None,
     }
-
-
-def finite(logprob: float) -> float:
-    """JSON has no infinity: a token that could not be chosen is shown as OpenAI does."""
-    return max(logprob, -9999.0)

@@ -10,8 +10,7 @@ from fastapi.responses import JSONResponse, Response
 
 from lorasb_runtime.engines.base import TokenLogprob
 from lorasb_runtime.models.text import TextCodec
-from lorasb_server.chat import finite
-from lorasb_server.generate import Choice, Generation, check_limits, unless_gone
+from lorasb_server.generate import Choice, Generation, check_limits, finite, unless_gone
 from lorasb_server.schemas.completions import CompletionRequest
 from lorasb_server.service import Service
 from lorasb_server.sse import event_stream
@@ -59,11 +58,18 @@ def _whole(
                 "text": choice.text,
                 "logprobs": _logprobs(body, codec, choice.logprobs, 0),
                 "finish_reason": choice.finish_reason,
+                **_prompt_logprobs(body, generation, index),
             }
             for index, choice in enumerate(choices)
         ],
         "usage": generation.usage(),
     }
+
+
+def _prompt_logprobs(body: CompletionRequest, generation: Generation, index: int) -> dict[str, Any]:
+    if body.prompt_logprobs is None:
+        return {}
+    return {"prompt_logprobs": generation.shown_prompt_logprobs(index // generation.n)}
 
 
 async def _stream(

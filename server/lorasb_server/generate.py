@@ -37,16 +37,19 @@ class Generation:
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
     completion_tokens: int = 0
+    cached_tokens: int = 0
+    prompt_logprobs: dict[int, tuple[TokenLogprob, ...]] = field(default_factory=dict)
 
     @property
     def prompt_tokens(self) -> int:
         return sum(len(prompt) for prompt in self.prompts)
 
-    def usage(self) -> dict[str, int]:
+    def usage(self) -> dict[str, Any]:
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
 
     async def chunks(self) -> AsyncGenerator[tuple[int, Chunk], None]:
@@ -61,6 +64,9 @@ class Generation:
                     metrics.first_token.observe(time.monotonic() - started)
                     waiting = False
                 self.completion_tokens += len(chunk.tokens)
+                self.cached_tokens += chunk.cached_tokens
+                if chunk.prompt_logprobs:
+                    self.prompt_logprobs[prompt] = chunk.prompt_logprobs
                 metrics.generation_tokens.inc(len(chunk.tokens))
                 yield prompt * self.n + chunk.index, chunk
 
@@ -71,6 +77,27 @@ class Generation:
             async for index, chunk in stream:
                 choices[index].add(chunk)
         return choices
+
+    def shown_prompt_logprobs(self, prompt: int) -> list[dict[str, Any] | None]:
+        """As vLLM shows them: for each prompt token, by token id; the first has none."""
+        codec = self.service.engine.codec
+        shown: list[dict[str, Any] | None] = [None]
+        for entry in self.prompt_logprobs.get(prompt, ()):
+            ranked: dict[int, tuple[float, int | None]] = {
+                token: (value, rank) for rank, (token, value) in enumerate(entry.top, start=1)
+            }
+            ranked.setdefault(entry.token, (entry.logprob, None))
+            shown.append(
+                {
+                    str(token): {
+                        "logprob": finite(value),
+                        "rank": rank,
+                        "decoded_token": codec.token_text(token),
+                    }
+                    for token, (value, rank) in ranked.items()
+                }
+            )
+        return shown
 
     def _streams(self) -> list[AsyncIterator[Chunk]]:
         return [
@@ -95,6 +122,11 @@ class Choice:
         self.text += chunk.text
         self.logprobs += chunk.logprobs
         self.finish_reason = chunk.finish_reason
+
+
+def finite(logprob: float) -> float:
+    """JSON has no infinity: a token that could not be chosen is shown as OpenAI does."""
+    return max(logprob, -9999.0)
 
 
 def check_limits(

@@ -12,6 +12,7 @@ from lorasb_runtime.engines.base import EngineInfo
 from lorasb_runtime.engines.torch.engine import TorchEngine
 from lorasb_runtime.engines.torch.kv_cache import KVCache
 from lorasb_runtime.engines.torch.kv_regions import KVRegions
+from lorasb_runtime.engines.torch.prefix_cache import PrefixCache
 from lorasb_runtime.engines.torch.runner import ModelRunner, kv_shape, load_model
 from lorasb_runtime.errors import InputError
 from lorasb_runtime.models.load import load_tokenizer, parse_dtype
@@ -43,7 +44,9 @@ def build_engine(
         longest,
         config.scheduler.max_num_seqs,
     )
-    cache = KVCache(shape, regions, model.dtype, model.device)
+    block = config.cache.prefix_block
+    kept = config.cache.prefix_nbytes // (shape.token_bytes(model.dtype) * block)
+    cache = KVCache(shape, regions, model.dtype, model.device, (kept, block))
     slots = None
     if basis is not None:
         stored = model.config.dtype
@@ -62,6 +65,7 @@ def build_engine(
         slots,
         end_tokens(model, codec),
         config.scheduler,
+        PrefixCache(kept, block) if kept else None,
     )
 
 

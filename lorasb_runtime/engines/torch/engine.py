@@ -4,18 +4,22 @@ import asyncio
 import logging
 import secrets
 import threading
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
+from lorasb_runtime.adapters.loader import LoadedAdapter
 from lorasb_runtime.adapters.slots import BASE_SLOT, SlotTable
 from lorasb_runtime.config import SchedulerConfig
 from lorasb_runtime.engines.base import Chunk, EngineInfo, EngineStats, GenerationRequest
 from lorasb_runtime.engines.torch.kv_regions import KVRegions
 from lorasb_runtime.engines.torch.output import SequenceOutput
+from lorasb_runtime.engines.torch.prefix_cache import PrefixCache
 from lorasb_runtime.engines.torch.runner import ModelRunner
 from lorasb_runtime.engines.torch.sampler import Sampler
 from lorasb_runtime.engines.torch.scheduler import Scheduler
 from lorasb_runtime.engines.torch.sequence import Sequence
+from lorasb_runtime.engines.torch.structured import GrammarCompiler, GrammarMatcher
 from lorasb_runtime.errors import EngineError, InputError, LorasbError, OverloadedError
 from lorasb_runtime.models.text import TextCodec
 
@@ -31,6 +35,7 @@ class _Job:
     request: GenerationRequest
     loop: asyncio.AbstractEventLoop
     events: "asyncio.Queue[Event]"
+    matcher: GrammarMatcher | None
     outputs: dict[Sequence, SequenceOutput] = field(default_factory=dict)
 
     def send(self, event: Event) -> None:
@@ -55,6 +60,7 @@ class TorchEngine:
         slots: SlotTable | None,
         eos: frozenset[int],
         limits: SchedulerConfig,
+        prefixes: PrefixCache | None = None,
     ) -> None:
         self._runner = runner
         self._codec = codec
@@ -64,13 +70,15 @@ class TorchEngine:
         self._eos = eos
         self._limits = limits
         self._sampler = Sampler(eos)
-        self._scheduler = Scheduler(limits, regions, self._lease, self._release)
+        self._grammars = GrammarCompiler(codec, info.vocab_size, eos)
+        self._scheduler = Scheduler(limits, regions, self._lease, self._release, prefixes)
         self._jobs: dict[Sequence, _Job] = {}
         self._wake = threading.Condition()
         self._arriving: list[_Job] = []
         self._leaving: list[_Job] = []
         self._closing = False
         self._steps = 0
+        self._step_seconds = self._forward_seconds = 0.0
         self._thread = threading.Thread(target=self._loop, name="lorasb-engine", daemon=True)
 
     @property
@@ -101,11 +109,28 @@ class TorchEngine:
             kv_tokens_used=self._regions.used,
             kv_tokens=self._regions.budget,
             steps=self._steps,
+            step_seconds=self._step_seconds,
+            forward_seconds=self._forward_seconds,
         )
+
+    @property
+    def core_bytes(self) -> int:
+        """Bytes of one number of a resident adapter."""
+        return self._slots.cores.element_size() if self._slots else 0
+
+    def warm(self, adapter: LoadedAdapter) -> None:
+        """Bring an adapter into a slot ahead of its first request; before `start` only."""
+        assert self._slots is not None and not self._thread.is_alive()
+        slot = self._slots.lease(adapter.version, adapter.cores)
+        if slot is not None:
+            self._slots.release(slot)
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[Chunk]:
         self._check(request)
-        job = _Job(request, asyncio.get_running_loop(), asyncio.Queue())
+        matcher = None
+        if request.sampling.grammar is not None:
+            matcher = await asyncio.to_thread(self._grammars.compile, request.sampling.grammar)
+        job = _Job(request, asyncio.get_running_loop(), asyncio.Queue(), matcher)
         self._post(job, self._arriving)
         unfinished = request.n
         try:
@@ -197,26 +222,33 @@ class TorchEngine:
                 params,
                 seed,
                 request.adapter,
+                request.tenant,
             )
+            sequence.matcher = job.matcher.copy() if job.matcher else None
             job.outputs[sequence] = SequenceOutput(sequence, self._codec, self._eos)
             self._jobs[sequence] = job
             self._scheduler.add(sequence)
 
     def _step(self) -> None:
+        began = time.perf_counter()
         step = self._scheduler.schedule()
         if not step.tokens:
             return
-        receivers, logits = self._runner.run(step)
+        forward = time.perf_counter()
+        result = self._runner.run(step)
+        self._forward_seconds += time.perf_counter() - forward
         self._steps += 1
-        for sequence, (token, logprobs) in zip(
-            receivers, self._sampler.choose(receivers, logits), strict=True
-        ):
+        for part, logits in result.prompts:
+            self._sampler.read_prompt(part.sequence, part.start, logits)
+        chosen = self._sampler.choose(result.receivers, result.logits)
+        for sequence, (token, logprobs) in zip(result.receivers, chosen, strict=True):
             sequence.tokens.append(token)
             job = self._jobs[sequence]
             chunk = job.outputs[sequence].push(token, logprobs)
             if chunk.finish_reason is not None:
                 self._finish(sequence)
             job.send(chunk)
+        self._step_seconds += time.perf_counter() - began
 
     def _finish(self, sequence: Sequence) -> None:
         job = self._jobs.pop(sequence, None)
@@ -230,6 +262,7 @@ class TorchEngine:
             for sequence in list(job.outputs):
                 self._finish(sequence)
             job.send(error)
+        self._scheduler.forget()
 
     def _lease(self, sequence: Sequence) -> int | None:
         if sequence.adapter is None:

@@ -12,34 +12,47 @@ class SequenceOutput:
         params = sequence.sampling
         self._sequence = sequence
         self._decoder = codec.incremental(skip_special_tokens=params.skip_special_tokens)
-        self._eos = frozenset() if params.ignore_eos else eos
+        # A grammar lets an end token come only where its text may end, so it always counts.
+        ignored = params.ignore_eos and sequence.matcher is None
+        self._eos = frozenset() if ignored else eos
         self._held = ""
 
     def push(self, token: int, logprobs: tuple[TokenLogprob, ...] = ()) -> Chunk:
         """The chunk for one more token, which the sequence already holds."""
-        reason, stop_token = self._ending(token)
-        stop_reason: str | int | None = stop_token
-        if reason != "stop":
+        sequence = self._sequence
+        ended, stop_reason = self._ends(token)
+        if not ended:
             self._held += self._decoder.push(token)
-            if reason == "length":
-                self._held += self._decoder.flush()
-        else:
+        reason: FinishReason | None = None
+        if ended or (sequence.matcher is not None and sequence.matcher.finished):
+            reason = "stop"
+        elif len(sequence.tokens) >= sequence.limit:
+            reason = "length"
+        if reason is not None:
             self._held += self._decoder.flush()
         text, stop = self._release(final=reason is not None)
         if stop is not None:
             reason, stop_reason = "stop", stop
-        return Chunk(self._sequence.index, text, (token,), logprobs, reason, stop_reason)
+        first = sequence.generated == 1 and sequence.index == 0
+        return Chunk(
+            sequence.index,
+            text,
+            (token,),
+            logprobs,
+            reason,
+            stop_reason,
+            cached_tokens=(sequence.cached or 0) if first else 0,
+            prompt_logprobs=tuple(sequence.prompt_logprobs) if first else (),
+        )
 
-    def _ending(self, token: int) -> tuple[FinishReason | None, int | None]:
+    def _ends(self, token: int) -> tuple[bool, str | int | None]:
+        """Whether the token is an end or stop token, which has no text, and which stop token."""
         sequence = self._sequence
-        if sequence.generated > sequence.sampling.min_tokens:
-            if token in sequence.sampling.stop_token_ids:
-                return "stop", token
-            if token in self._eos:
-                return "stop", None
-        if len(sequence.tokens) >= sequence.limit:
-            return "length", None
-        return None, None
+        if sequence.matcher is None and sequence.generated <= sequence.sampling.min_tokens:
+            return False, None
+        if token in sequence.sampling.stop_token_ids:
+            return True, token
+        return token in self._eos, None
 
     def _release(self, *, final: bool) -> tuple[str, str | None]:
         """Text that is certain now, and the stop string that it ran into, if any."""

@@ -1,6 +1,7 @@
 """Owns device and model, and runs one scheduled step: tokens in, logits of the last ones out."""
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,7 @@ def _probe_cache(model: PreTrainedModel) -> tuple[KVCache, Region]:
     cache = KVCache(kv_shape(model), regions, model.dtype, model.device)
     region = regions.allocate(PROBE_TOKENS)
     assert region is not None
-    cache.prepare([])
+    cache.prepare(Step())
     return cache, region
 
 
@@ -179,9 +180,9 @@ class ModelRunner:
             adapt_model(model, basis, lambda index: cores[index])
 
     @torch.inference_mode()
-    def run(self, step: Step) -> tuple[list[Sequence], torch.Tensor]:
-        """Compute the step; returns who gets a token, and their logits [n, vocab] in float32."""
-        self._cache.prepare(step.moves)
+    def run(self, step: Step) -> "StepLogits":
+        """Compute the step: logits of those who get a token, and of prompts that are asked for."""
+        self._cache.prepare(step)
         step.prefills.sort(key=lambda chunk: chunk.sequence.slot in (None, BASE_SLOT))
         kv_batch = build_kv_batch(self._cache, step, self.device)
         ids = [s.tokens[s.computed - 1] for s in step.decodes]
@@ -189,14 +190,19 @@ class ModelRunner:
         keep = list(range(len(ids)))
         runs: list[tuple[int, int, int]] = []
         receivers = list(step.decodes)
+        prompts: list[tuple[Chunk, int]] = []
         for chunk in step.prefills:
-            end = chunk.start + chunk.count
-            runs.append((chunk.sequence.slot or BASE_SLOT, len(ids), len(ids) + chunk.count))
-            ids.extend(chunk.sequence.tokens[chunk.start : end])
-            positions.extend(range(chunk.start, end))
+            begin, end = len(ids), len(ids) + chunk.count
+            runs.append((chunk.sequence.slot or BASE_SLOT, begin, end))
+            ids.extend(chunk.sequence.tokens[chunk.start : chunk.start + chunk.count])
+            positions.extend(range(chunk.start, chunk.start + chunk.count))
             if chunk.last:
-                keep.append(len(ids) - 1)
+                keep.append(end - 1)
                 receivers.append(chunk.sequence)
+            if chunk.sequence.wants_prompt:
+                prompts.append((chunk, begin))
+        for chunk, begin in prompts:
+            keep.extend(range(begin, begin + chunk.count))
         if self._cores is not None:
             self._cores.prepare([s.slot or BASE_SLOT for s in step.decodes], runs)
         logits = self._model(
@@ -206,4 +212,20 @@ class ModelRunner:
             use_cache=False,
             kv_batch=kv_batch,
         ).logits
-        return receivers, logits[0].float()
+        kept = logits[0].float().split([len(receivers), *(c.count for c, _ in prompts)])
+        return StepLogits(
+            receivers, kept[0], [(c, part) for (c, _), part in zip(prompts, kept[1:], strict=True)]
+        )
+
+
+@dataclass(frozen=True)
+class StepLogits:
+    """What a step computed, in float32.
+
+    logits: [n, vocab], row i for receivers[i], who gets a token. prompts: chunks whose sequences
+    ask for log-probabilities of the prompt, with logits [count, vocab].
+    """
+
+    receivers: list[Sequence]
+    logits: torch.Tensor
+    prompts: list[tuple[Chunk, torch.Tensor]]

@@ -29,6 +29,9 @@ class Sampler:
         for i, sequence in enumerate(sequences):
             self._adjust(logits[i], sequence)
         tokens = sample(logits, [_row(s) for s in sequences]).tolist()
+        for sequence, token in zip(sequences, tokens, strict=True):
+            if sequence.matcher is not None:
+                sequence.matcher.advance(token)
         result: list[tuple[int, tuple[TokenLogprob, ...]]] = [(t, ()) for t in tokens]
         if raw is not None:
             for row, i in enumerate(wanted):
@@ -36,8 +39,25 @@ class Sampler:
                 result[i] = (tokens[i], (entry,))
         return result
 
+    @torch.inference_mode()
+    def read_prompt(self, sequence: Sequence, start: int, logits: torch.Tensor) -> None:
+        """Note the log-probabilities of the prompt tokens after positions start.. .
+
+        logits: float32 [count, vocab], of one prefill chunk. Positions that are noted already
+        (computed again after a preemption) are passed over.
+        """
+        first = len(sequence.prompt_logprobs)
+        end = min(start + logits.shape[0], sequence.prompt_length - 1)
+        if first >= end:
+            return
+        rows = log_probabilities(logits[first - start : end - start])
+        for position, row in enumerate(rows, start=first):
+            token = sequence.tokens[position + 1]
+            entry = _logprob(row, token, sequence.sampling.prompt_logprobs or 0)
+            sequence.prompt_logprobs.append(entry)
+
     def _adjust(self, logits: torch.Tensor, sequence: Sequence) -> None:
-        """Penalties, bias and the ban on ending before `min_tokens`, on one row [vocab]."""
+        """Penalties, bias, grammar and the ban on ending too early, on one row [vocab]."""
         p = sequence.sampling
         if p.repetition_penalty != 1.0 or p.presence_penalty or p.frequency_penalty:
             tokens = torch.tensor(sequence.tokens, dtype=torch.int64, device=logits.device)
@@ -51,7 +71,10 @@ class Sampler:
             )
         for token, bias in p.logit_bias.items():
             logits[token] += bias
-        if sequence.generated < p.min_tokens:
+        if sequence.matcher is not None:
+            allowed = sequence.matcher.allowed(logits.shape[0]).to(logits.device)
+            logits.masked_fill_(~allowed, float("-inf"))
+        elif sequence.generated < p.min_tokens:
             logits[sorted({*p.stop_token_ids, *self._eos})] = float("-inf")
 
 

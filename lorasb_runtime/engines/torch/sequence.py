@@ -1,13 +1,14 @@
 """The engine's side of one completion of one request. Pure Python."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from lorasb_runtime.engines.base import SamplingParams
+from lorasb_runtime.engines.base import SamplingParams, TokenLogprob
 from lorasb_runtime.engines.torch.kv_regions import Region
 
 if TYPE_CHECKING:
     from lorasb_runtime.adapters.loader import LoadedAdapter
+    from lorasb_runtime.engines.torch.structured import GrammarMatcher
 
 
 @dataclass(eq=False)
@@ -15,7 +16,10 @@ class Sequence:
     """Tokens so far, how many of them are in the KV cache, and what the sequence holds.
 
     `slot` is the leased adapter slot (0: base model, None: no lease yet); `region` the part of
-    the KV cache that is its own. Both are None while it waits.
+    the KV cache that is its own. Both are None while it waits. `digests` name its whole KV
+    blocks; `cached` counts the tokens that its first prefill found in the prefix cache, `kept` says
+    that its prompt's blocks were offered to that cache. `matcher` follows the grammar, if any;
+    `prompt_logprobs` holds what is asked for of the prompt, as far as it is computed.
     """
 
     request_id: str
@@ -26,14 +30,32 @@ class Sequence:
     sampling: SamplingParams
     seed: int
     adapter: "LoadedAdapter | None" = None
+    tenant: str = ""
     computed: int = 0
     region: Region | None = None
     slot: int | None = None
     arrival: int = 0
+    digests: list[bytes] = field(default_factory=list)
+    cached: int | None = None
+    kept: bool = False
+    matcher: "GrammarMatcher | None" = None
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+
+    @property
+    def owner(self) -> str:
+        """Tenant and adapter version: who may share KV, and who takes turns with whom."""
+        version = self.adapter.version if self.adapter else ""
+        return f"{self.tenant}\0{version}"
 
     @property
     def generated(self) -> int:
         return len(self.tokens) - self.prompt_length
+
+    @property
+    def wants_prompt(self) -> bool:
+        """Whether log-probabilities of its prompt are still to be computed."""
+        asked = self.sampling.prompt_logprobs is not None and self.index == 0
+        return asked and len(self.prompt_logprobs) < self.prompt_length - 1
 
     @property
     def remaining(self) -> int:

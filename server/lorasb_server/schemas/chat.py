@@ -11,7 +11,6 @@ from lorasb_server.schemas.sampling import (
     SamplingFields,
     Strict,
     Text,
-    TextFormat,
 )
 
 MAX_TOP_LOGPROBS = 20
@@ -44,7 +43,6 @@ class ChatRequest(SamplingFields):
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
-    response_format: TextFormat | None = None
 
     @property
     def limit_field(self) -> str | None:

@@ -1,5 +1,6 @@
 """The fields that both generation endpoints share, and the one way they become parameters."""
 
+import json
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
@@ -13,12 +14,15 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
-from lorasb_runtime.engines.base import SamplingParams
+from lorasb_runtime.engines.base import Grammar, SamplingParams
 from lorasb_server.errors import FieldError
 
 MAX_STOPS = 16
 MAX_BIASES = 4096
 MAX_TOKEN_DIGITS = 10
+MAX_CHOICES = 1024
+MAX_PROMPT_LOGPROBS = 20
+ANY_OBJECT = Grammar("json_schema", '{"type": "object"}')
 
 T = TypeVar("T")
 
@@ -50,6 +54,60 @@ class Strict(BaseModel):
 
 class StreamOptions(Strict):
     include_usage: bool | None = None
+
+
+class TextFormat(Strict):
+    type: Literal["text"]
+
+
+class JsonObjectFormat(Strict):
+    type: Literal["json_object"]
+
+
+class JsonSchema(Strict):
+    """`strict` changes nothing: the schema is always kept to."""
+
+    name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
+    description: str | None = None
+    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    strict: bool | None = None
+
+
+class JsonSchemaFormat(Strict):
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+ResponseFormat = Annotated[
+    TextFormat | JsonObjectFormat | JsonSchemaFormat, Field(discriminator="type")
+]
+
+
+class StructuredOutputs(Strict):
+    """vLLM's field: exactly one of these."""
+
+    json_: Annotated[dict[str, Any] | str | None, Field(alias="json")] = None
+    regex: Text | None = None
+    choice: Annotated[list[Stop], Field(min_length=1, max_length=MAX_CHOICES)] | None = None
+    grammar: Text | None = None
+    json_object: Literal[True] | None = None
+
+    def as_grammar(self) -> Grammar:
+        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise FieldError(
+                "structured_outputs",
+                f"structured_outputs: found {len(given)} of json, regex, choice, grammar and "
+                "json_object, expected one",
+            )
+        if self.json_ is not None:
+            text = self.json_ if isinstance(self.json_, str) else json.dumps(self.json_)
+            return Grammar("json_schema", text)
+        if self.regex is not None:
+            return Grammar("regex", self.regex)
+        if self.choice is not None:
+            return Grammar("choice", json.dumps(self.choice))
+        return Grammar("lark", self.grammar) if self.grammar is not None else ANY_OBJECT
 
 
 class SamplingFields(Strict):
@@ -86,6 +144,9 @@ class SamplingFields(Strict):
     stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True)] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_PROMPT_LOGPROBS)] | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: StructuredOutputs | None = None
 
     @field_validator("adapter", mode="before")
     @classmethod
@@ -108,6 +169,8 @@ class SamplingFields(Strict):
         Raises FieldError for a min_tokens over max_tokens and for a logit_bias key that is no
         token id.
         """
+        if self.prompt_logprobs is not None and self.stream:
+            raise FieldError("prompt_logprobs", "prompt_logprobs: not allowed with stream")
         minimum = self.min_tokens or 0
         if max_tokens is not None and minimum > max_tokens:
             raise FieldError("min_tokens", f"min_tokens: found {minimum}, over max_tokens")
@@ -129,11 +192,22 @@ class SamplingFields(Strict):
             ignore_eos=bool(self.ignore_eos),
             skip_special_tokens=_default(self.skip_special_tokens, True),
             logprobs=logprobs,
+            prompt_logprobs=self.prompt_logprobs,
+            grammar=self._grammar(),
         )
 
-
-class TextFormat(Strict):
-    type: Literal["text"]
+    def _grammar(self) -> Grammar | None:
+        form = self.response_format
+        if self.structured_outputs is not None:
+            if form is not None and not isinstance(form, TextFormat):
+                raise FieldError(
+                    "structured_outputs", "structured_outputs: not allowed with response_format"
+                )
+            return self.structured_outputs.as_grammar()
+        if isinstance(form, JsonSchemaFormat):
+            schema = form.json_schema.schema_
+            return ANY_OBJECT if schema is None else Grammar("json_schema", json.dumps(schema))
+        return ANY_OBJECT if isinstance(form, JsonObjectFormat) else None
 
 
 def _default(value: T | None, default: T) -> T:

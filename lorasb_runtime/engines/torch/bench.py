@@ -1,0 +1,223 @@
+"""Measures the engine: tokens per second with many adapters, with none, and Hugging Face's own.
+
+Each case runs in a process of its own. Adapters are random, and so is the basis unless one is
+given: the arithmetic does not depend on the values.
+"""
+
+import asyncio
+import multiprocessing
+import os
+import platform
+import statistics
+import time
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, LogitsProcessor
+
+from lorasb_runtime.adapters.loader import LoadedAdapter
+from lorasb_runtime.adapters.names import parse_name
+from lorasb_runtime.config import EngineConfig, SchedulerConfig
+from lorasb_runtime.engines.base import GenerationRequest, SamplingParams
+from lorasb_runtime.engines.torch.build import build_engine
+from lorasb_runtime.engines.torch.engine import TorchEngine
+from lorasb_runtime.engines.torch.runner import load_model
+from lorasb_runtime.models.load import load_tokenizer, parse_dtype
+from lorasb_runtime.models.targets import find_targets
+from lorasb_runtime.models.text import TextCodec
+from lorasb_runtime.storage.basis_file import Basis, load_basis
+
+CORE_SCALE = 0.01
+WAVES = 3  # of requests in each case, the first to warm up
+
+
+@dataclass(frozen=True)
+class BenchCase:
+    """`batch` requests at once, decoding `tokens` tokens each after a prompt of `prompt` tokens.
+
+    adapters: how many different ones take turns (0: none, and no basis is loaded). rank: of the
+    random basis, where `basis` names no file. resident: fill the slot table with this many
+    adapters first. kind "generate" is Hugging Face's `generate` with a static batch instead.
+    """
+
+    folder: Path
+    dtype: str | None
+    kind: str = "engine"
+    batch: int = 32
+    prompt: int = 64
+    tokens: int = 64
+    adapters: int = 0
+    rank: int = 16
+    basis: Path | None = None
+    resident: int = 0
+
+
+def run_case(case: BenchCase) -> dict[str, float]:
+    """Measure one case in a fresh process.
+
+    Gives tokens_per_second of decoding; for the engine also outside_forward, the share of its steps
+    that is not the model's forward pass; with `resident` also memory_ratio, the memory that the
+    resident adapters take over that of their cores.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context) as pool:
+        return pool.submit(_generate if case.kind == "generate" else _engine, case).result()
+
+
+def machine() -> dict[str, Any]:
+    """What the figures belong to."""
+    model = platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        names = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        model = names[0].partition(":")[2].strip() if names else model
+    return {
+        "cpu": model,
+        "cores": os.cpu_count(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+    }
+
+
+def _engine(case: BenchCase) -> dict[str, float]:
+    dtype = parse_dtype(case.dtype) if case.dtype else None
+    model = load_model(case.folder, dtype, torch.device("cpu"))
+    basis = None
+    if case.adapters:
+        basis = load_basis(case.basis) if case.basis else _random_basis(model, case.rank)
+    config = EngineConfig(
+        slots=max(2, case.adapters + 1, case.resident + 1),
+        scheduler=SchedulerConfig(max_num_seqs=case.batch),
+    )
+    engine = build_engine(model, TextCodec(load_tokenizer(case.folder)), basis, config)
+    result = {}
+    adapters: list[LoadedAdapter | None] = [None]
+    if basis is not None:
+        before = _resident_bytes()
+        adapters = [_random_adapter(basis, i) for i in range(case.adapters)]
+        for i in range(case.resident):
+            engine.warm(_random_adapter(basis, i % 64, f"resident-{i}"))
+        if case.resident:
+            own = basis.size * engine.core_bytes * case.resident
+            result["memory_ratio"] = (_resident_bytes() - before) / own
+    engine.start()
+    try:
+        result["tokens_per_second"] = asyncio.run(_waves(engine, adapters, case))
+        stats = engine.stats()
+        result["outside_forward"] = 1 - stats.forward_seconds / stats.step_seconds
+    finally:
+        engine.close()
+    return result
+
+
+async def _waves(
+    engine: TorchEngine, adapters: list[LoadedAdapter | None], case: BenchCase
+) -> float:
+    """Median over the waves of the tokens per second while all of a wave's requests decode."""
+    rates = []
+    for wave in range(WAVES):
+        numbers = range(wave * case.batch, (wave + 1) * case.batch)
+        stamps = await asyncio.gather(
+            *(_one(engine, number, adapters[number % len(adapters)], case) for number in numbers)
+        )
+        began = max(stamp[0] for stamp in stamps)
+        ended = min(stamp[-1] for stamp in stamps)
+        tokens = sum(began < t <= ended for stamp in stamps for t in stamp)
+        rates.append(tokens / (ended - began))
+    return statistics.median(rates[1:])
+
+
+async def _one(
+    engine: TorchEngine, number: int, adapter: LoadedAdapter | None, case: BenchCase
+) -> list[float]:
+    """When each token of one request came; prompts differ from their first token on."""
+    prompt = tuple(100 + (7 * number + 13 * i) % 1000 for i in range(case.prompt))
+    params = SamplingParams(temperature=0.0, max_tokens=case.tokens, ignore_eos=True)
+    stamps = []
+    async for _ in engine.generate(GenerationRequest(str(number), prompt, params, adapter)):
+        stamps.append(time.perf_counter())
+    return stamps
+
+
+def _generate(case: BenchCase) -> dict[str, float]:
+    """Hugging Face's `generate`, greedy, all prompts of one length, from the first new token on."""
+    dtype = parse_dtype(case.dtype) if case.dtype else "auto"
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        case.folder, dtype=dtype, local_files_only=True
+    ).eval()
+    rates = []
+    for wave in range(2):
+        ids = torch.tensor(
+            [
+                [100 + (7 * n + 13 * i + wave) % 1000 for i in range(case.prompt)]
+                for n in range(case.batch)
+            ]
+        )
+        stamps = _Stamps()
+        model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            min_new_tokens=case.tokens,
+            max_new_tokens=case.tokens,
+            pad_token_id=0,
+            logits_processor=[stamps],
+        )
+        rates.append(case.batch * (len(stamps.times) - 1) / (stamps.times[-1] - stamps.times[0]))
+    return {"tokens_per_second": rates[-1]}
+
+
+class _Stamps(LogitsProcessor):
+    """Notes when each step's logits are there."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.times.append(time.perf_counter())
+        return scores
+
+
+def _random_basis(model: Any, rank: int) -> Basis:
+    targets = find_targets(model, rank)
+    tensors = {}
+    for t in targets:
+        tensors[f"{t.module}.A"] = torch.randn(t.rank, t.in_features) / t.in_features**0.5
+        tensors[f"{t.module}.B"] = torch.randn(t.out_features, t.rank) / t.out_features**0.5
+    return Basis(targets, tensors, "lora-sb")
+
+
+def _random_adapter(basis: Basis, seed: int, version: str | None = None) -> LoadedAdapter:
+    generator = torch.Generator().manual_seed(seed)
+    cores = CORE_SCALE * torch.randn(basis.size, generator=generator)
+    name = version or f"u{seed}"
+    return LoadedAdapter(parse_name(name), name, cores)
+
+
+def _resident_bytes() -> int:
+    """Memory of this process that is resident now."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def bench_cases(
+    base: BenchCase, adapters: int, *, generate: bool, resident: int
+) -> dict[str, BenchCase]:
+    """What is measured side by side, the engine without any basis first."""
+    cases = {"no basis": replace(base, basis=None)}
+    if base.basis is None:
+        for rank in (16, 64):
+            name = f"{adapters} adapters, rank {rank}"
+            cases[name] = replace(base, adapters=adapters, rank=rank)
+    else:
+        cases[f"{adapters} adapters"] = replace(base, adapters=adapters)
+    cases["1000 adapters in turn"] = replace(base, adapters=1000)
+    if resident:
+        name = f"{adapters} adapters, {resident} resident"
+        cases[name] = replace(base, adapters=adapters, resident=resident)
+    if generate:
+        cases["Hugging Face generate"] = replace(base, kind="generate", basis=None)
+    return cases
