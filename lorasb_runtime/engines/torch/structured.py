@@ -10,8 +10,13 @@ from lorasb_runtime.engines.base import Grammar
 from lorasb_runtime.errors import InputError
 from lorasb_runtime.models.text import TextCodec
 
-# Between JSON tokens. Bounded, because small models can go on with white space for ever.
-WHITESPACE = r"[ \t\r\n]{0,8}"
+# One line of JSON, with a space after separators or none: where white space is free, small models
+# can go on with it for ever.
+JSON_FORM = {
+    "whitespace_flexible": False,
+    "item_separator": ", ?",
+    "key_separator": ": ?",
+}
 
 
 class GrammarMatcher:
@@ -89,7 +94,7 @@ def _source(grammar: Grammar) -> str:
     from llguidance import LLMatcher
 
     if grammar.kind == "json_schema":
-        return LLMatcher.grammar_from_json_schema(grammar.text, {"whitespace_pattern": WHITESPACE})
+        return LLMatcher.grammar_from_json_schema(grammar.text, JSON_FORM)
     if grammar.kind == "regex":
         return LLMatcher.grammar_from_regex(grammar.text)
     if grammar.kind == "choice":
