@@ -96,7 +96,8 @@ def test_a_mixed_batch_has_the_logits_of_float64_weights(
         scheduler.add(sequence)
     rows: list[list[torch.Tensor]] = [[] for _ in owners]
     while min(map(len, rows)) < 6:
-        for sequence, logits in zip(*runner.run(scheduler.schedule()), strict=True):
+        result = runner.run(scheduler.schedule())
+        for sequence, logits in zip(result.receivers, result.logits, strict=True):
             rows[int(sequence.request_id)].append(logits)
             sequence.tokens.append(int(logits.argmax()))
     for sequence, owner, found in zip(sequences, owners, rows, strict=True):
@@ -162,6 +163,17 @@ def test_a_swap_changes_the_next_answer_alone(url: str, work: Path) -> None:
     assert asyncio.run(ask(url, [("pirate", question)])) == [as_json]
     assert httpx.post(f"{url}/v1/adapters/pirate/rollback").status_code == 200
     assert asyncio.run(ask(url, [("pirate", question)])) == [pirate]
+
+
+def test_a_merged_server_gives_the_adapters_answers(
+    url: str, smol: Path, work: Path, tmp_path: Path
+) -> None:
+    question = QUESTIONS[0]
+    flags = ("--basis", work / "basis.safetensors", "--adapters", work / "store")
+    flags = (*flags, "--dtype", "float32", "--merged", "pirate")
+    with serving(tmp_path / "log", smol, *flags) as merged:
+        found = asyncio.run(ask(merged, [("pirate", question)]))
+    assert found == asyncio.run(ask(url, [("pirate", question)]))
 
 
 def test_a_merge_into_bf16_says_what_it_lost(smol: Path, work: Path, tmp_path: Path) -> None:

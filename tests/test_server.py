@@ -468,6 +468,8 @@ def test_the_bare_model_is_served_without_a_basis(
         (["--merged", "x"], "--merged needs --basis"),
         (["--engine", "jax"], "engine: found 'jax'"),
         (["--dtype", "int4"], "dtype: found 'int4'"),
+        (["--device", "gpu"], "device: found 'gpu'"),
+        (["--device", "cuda:99"], "device: found 'cuda:99'"),
         (["--max-model-len", "9999"], "max-model-len: found 9999"),
         (["--basis", "gone"], "gone: no such file"),
         (["--port", "99999"], "--port"),

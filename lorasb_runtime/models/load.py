@@ -23,6 +23,22 @@ def parse_dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
+def parse_device(name: str) -> torch.device:
+    """A device by torch's name for it. Raises InputError for one that this machine does not have.
+
+    Tried with an empty tensor: torch's CPU build knows the word "cuda" and fails at first use.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"device: found {name!r}, expected one that torch can use here ({reason})"
+        ) from None
+    return device
+
+
 def load_causal_lm(
     folder: Path, dtype: torch.dtype | None = None, *, attention: str = "sdpa"
 ) -> PreTrainedModel:

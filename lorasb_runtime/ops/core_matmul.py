@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lorasb_runtime.ops.core_kernel import slot_matvec, use_kernel
 from lorasb_runtime.ops.dense import batched_matvec
 
 
@@ -55,13 +56,9 @@ def apply_cores(
     table in any float dtype; slot 0 is zero. own: the decoding rows' cores [decodes, m, r, r] in
     h's dtype, contiguous, where someone has gathered them already.
     """
-    _, m, r = h.shape
     parts = []
     if rows.decodes:
-        if own is None:
-            own = cores.index_select(0, rows.slots).to(h.dtype)
-        decoded = batched_matvec(own.view(-1, r, r), h[: rows.decodes].reshape(-1, r))
-        parts.append(decoded.view(-1, m, r))
+        parts.append(_multiply_decodes(h[: rows.decodes], cores, rows.slots, own))
     for slot, start, end in rows.runs:
         if start < rows.end and end > rows.begin:
             part = h[start - rows.begin : end - rows.begin]
@@ -72,6 +69,18 @@ def apply_cores(
             else:
                 parts.append(torch.zeros_like(part))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _multiply_decodes(
+    h: torch.Tensor, cores: torch.Tensor, slots: torch.Tensor, own: torch.Tensor | None
+) -> torch.Tensor:
+    """The decoding rows' part, in the form that suits the device; they differ in rounding alone."""
+    if own is None and use_kernel(h, cores):
+        return slot_matvec(h, cores, slots)
+    _, m, r = h.shape
+    if own is None:
+        own = cores.index_select(0, slots).to(h.dtype)
+    return batched_matvec(own.view(-1, r, r), h.reshape(-1, r)).view(-1, m, r)
 
 
 def shrink(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:

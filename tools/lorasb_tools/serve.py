@@ -137,17 +137,19 @@ def _engine(folder: Path, basis: "Basis | None", config: EngineConfig) -> "Torch
 def _merged_engine(
     folder: Path, loader: "AdapterLoader", name: str, config: EngineConfig
 ) -> "TorchEngine":
-    import torch
-
     from lorasb_runtime.adapters.names import parse_name
     from lorasb_runtime.engines.torch.build import build_engine
     from lorasb_runtime.engines.torch.runner import load_model
     from lorasb_runtime.merging.fold import fold_into_model
-    from lorasb_runtime.models.load import load_tokenizer, parse_dtype
+    from lorasb_runtime.models.load import load_tokenizer, parse_device, parse_dtype
     from lorasb_runtime.models.text import TextCodec
 
     cores = loader.get(parse_name(name)).cores
     dtype = parse_dtype(config.dtype) if config.dtype else None
-    model = load_model(folder, dtype, torch.device(config.device))
-    fold_into_model(model, loader.basis, cores)
+    model = load_model(
+        folder,
+        dtype,
+        parse_device(config.device),
+        lambda loaded: fold_into_model(loaded, loader.basis, cores),
+    )
     return build_engine(model, TextCodec(load_tokenizer(folder)), None, config)

@@ -15,7 +15,7 @@ from lorasb_runtime.engines.torch.kv_regions import KVRegions
 from lorasb_runtime.engines.torch.prefix_cache import PrefixCache
 from lorasb_runtime.engines.torch.runner import ModelRunner, kv_shape, load_model
 from lorasb_runtime.errors import InputError
-from lorasb_runtime.models.load import load_tokenizer, parse_dtype
+from lorasb_runtime.models.load import load_tokenizer, parse_device, parse_dtype
 from lorasb_runtime.models.text import TextCodec
 from lorasb_runtime.storage.basis_file import Basis
 
@@ -28,7 +28,7 @@ def load_engine(folder: Path, basis: Basis | None, config: EngineConfig) -> Torc
     Raises InputError for a model or configuration that cannot be served.
     """
     dtype = parse_dtype(config.dtype) if config.dtype else None
-    model = load_model(folder, dtype, torch.device(config.device))
+    model = load_model(folder, dtype, parse_device(config.device))
     return build_engine(model, TextCodec(load_tokenizer(folder)), basis, config)
 
 

@@ -1,6 +1,7 @@
 """Owns device and model, and runs one scheduled step: tokens in, logits of the last ones out."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,11 +60,17 @@ def _attention(
 AttentionInterface.register(ATTENTION, _attention)
 
 
-def load_model(folder: Path, dtype: torch.dtype | None, device: torch.device) -> PreTrainedModel:
+def load_model(
+    folder: Path,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    change: Callable[[PreTrainedModel], object] | None = None,
+) -> PreTrainedModel:
     """The base model on its device, attention routed through the KV cache.
 
     Rounded to `dtype` (None: the checkpoint's), then held in the dtype that the device multiplies
-    fastest (`compute_dtype`); `model.config.dtype` keeps the former.
+    fastest (`compute_dtype`); `model.config.dtype` keeps the former. `change` may alter the weights
+    in place before they are packed.
     Raises InputError, naming the architecture, when its answers would not be the model's own.
     """
     model = load_causal_lm(folder, dtype)
@@ -71,6 +78,8 @@ def load_model(folder: Path, dtype: torch.dtype | None, device: torch.device) ->
     if held != model.dtype:
         logger.info("this CPU has no %s instructions: weights are held in %s", model.dtype, held)
     model.to(device=device, dtype=held)  # type: ignore[call-arg]
+    if change is not None:
+        change(model)
     check_attention(model)
     return model
 

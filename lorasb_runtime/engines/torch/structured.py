@@ -12,7 +12,7 @@ from lorasb_runtime.models.text import TextCodec
 
 # One line of JSON, with a space after separators or none: where white space is free, small models
 # can go on with it for ever.
-JSON_FORM = {
+JSON_FORM: Any = {
     "whitespace_flexible": False,
     "item_separator": ", ?",
     "key_separator": ": ?",
