@@ -37,15 +37,21 @@ def random_adapter(basis: Basis, seed: int, strength: float = 1.0, name: str = "
 
 
 def reference_logits(
-    folder: Path, basis: Basis, adapter: Adapter | None, tokens: list[int]
+    folder: Path,
+    basis: Basis,
+    adapter: Adapter | None,
+    tokens: list[int],
+    dtype: torch.dtype = torch.float64,
 ) -> torch.Tensor:
-    """Logits [tokens, vocab] of W0 + scaling * B @ R @ A, all of it in float64."""
-    model = load_causal_lm(folder, torch.float64)
+    """Logits [tokens, vocab] of W0 + scaling * B @ R @ A, by the model's own eager attention."""
+    model = load_causal_lm(folder, dtype, attention="eager")
+    model.set_experts_implementation("eager")
     if adapter is not None:
         for index, target in enumerate(basis.targets):
             core = basis.core(adapter.cores, index).double()
             b, a = basis.b(target.module).double(), basis.a(target.module).double()
-            weight_of(model.get_submodule(target.module)).add_(basis.scaling * (b @ core @ a))
+            weight = weight_of(model.get_submodule(target.module))
+            weight.copy_(weight.double() + basis.scaling * (b @ core @ a))
     with torch.inference_mode():
         logits: torch.Tensor = model(input_ids=torch.tensor([tokens]), use_cache=False).logits[0]
     return logits

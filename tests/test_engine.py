@@ -9,26 +9,21 @@ from pathlib import Path
 import pytest
 import torch
 from bases import random_adapter, random_basis, reference_logits
+from driving import CPU, drive
 
 from lorasb_runtime.adapters.loader import LoadedAdapter
 from lorasb_runtime.adapters.names import parse_name
-from lorasb_runtime.adapters.slots import SlotTable
 from lorasb_runtime.config import CacheConfig, EngineConfig, SchedulerConfig
 from lorasb_runtime.engines.base import Chunk, GenerationRequest, Grammar, SamplingParams
 from lorasb_runtime.engines.torch.build import load_engine
 from lorasb_runtime.engines.torch.engine import TorchEngine
-from lorasb_runtime.engines.torch.kv_cache import KVCache
-from lorasb_runtime.engines.torch.kv_regions import KVRegions
-from lorasb_runtime.engines.torch.runner import ModelRunner, kv_shape, load_model
-from lorasb_runtime.engines.torch.scheduler import Scheduler
-from lorasb_runtime.engines.torch.sequence import Sequence
+from lorasb_runtime.engines.torch.runner import load_model
 from lorasb_runtime.errors import EngineError, InputError
 from lorasb_runtime.ops.core_matmul import scale_core
 from lorasb_runtime.storage.adapter_file import Adapter
 from lorasb_runtime.storage.basis_file import Basis
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
-CPU = torch.device("cpu")
 
 
 def loaded(basis: Basis, adapter: Adapter) -> LoadedAdapter:
@@ -109,36 +104,14 @@ def test_each_row_of_a_mixed_batch_has_the_logits_of_its_own_weights(
     pico = request.getfixturevalue(kind)
     basis = random_basis(pico, rank=4, scaling=0.5)
     adapters = [random_adapter(basis, i) for i in range(3)]
-    model = load_model(pico, dtype, CPU)
-    regions = KVRegions(2048, 16, 256, 8)
-    slots = SlotTable(8, basis.size, dtype, CPU)
-    runner = ModelRunner(model, basis, slots, KVCache(kv_shape(model), regions, model.dtype, CPU))
     rng = random.Random(3)
     owners: list[Adapter | None] = [None, *adapters, None, adapters[0]]
     prompts = [[rng.randrange(3, 250) for _ in range(rng.randint(1, 50))] for _ in owners]
-    lease = {id(a): slots.lease(a.version, scale_core(a.cores, basis.scaling)) for a in adapters}
-    sequences = [Sequence(str(i), 0, p, len(p), 99, GREEDY, 0) for i, p in enumerate(prompts)]
-    slot_of = {
-        s.request_id: (lease[id(a)] if a else 0) for s, a in zip(sequences, owners, strict=True)
-    }
-    scheduler = Scheduler(
-        SchedulerConfig(8, 40), regions, lambda s: slot_of[s.request_id], lambda s: None
-    )
-    for sequence in sequences:
-        scheduler.add(sequence)
-    rows: dict[str, list[torch.Tensor]] = {s.request_id: [] for s in sequences}
-    while min(len(r) for r in rows.values()) < 8:
-        result = runner.run(scheduler.schedule())
-        for sequence, logits in zip(result.receivers, result.logits, strict=True):
-            rows[sequence.request_id].append(logits)
-            sequence.tokens.append(rng.randrange(3, 250))
-    for sequence, owner in zip(sequences, owners, strict=True):
+    allowed = 2e-5 if dtype == torch.float32 else 0.08
+    driven = drive(pico, basis, prompts, owners, steps=8, dtype=dtype)
+    for sequence, owner in zip(driven, owners, strict=True):
         expected = reference_logits(pico, basis, owner, sequence.tokens)
-        expected = expected[sequence.prompt_length - 1 :][: len(rows[sequence.request_id])]
-        found = torch.stack(rows[sequence.request_id]).double()
-        scale = expected.abs().max()
-        allowed = 2e-5 if dtype == torch.float32 else 0.08
-        assert (found - expected).abs().max() / scale < allowed
+        assert sequence.error(expected) < allowed
 
 
 def test_neither_order_nor_company_changes_a_row(

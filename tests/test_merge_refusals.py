@@ -195,20 +195,21 @@ def missing(work: Path) -> None:
     rewrite(work / "model", lambda t: t.pop(f"{Q0}.weight"))
 
 
-def head(work: Path, **config: Any) -> None:
+def head(work: Path) -> None:
     shutil.rmtree(work / "model")
-    make_pico_llama(work / "model", **config)
-    save_files(random_basis(work / "model", rank=4, pattern="lm_head"), work)
+    make_pico_llama(work / "model")
+    basis = random_basis(work / "model", rank=4, pattern="lm_head")
+    save_files(dataclasses.replace(basis, base_model=None), work)
 
 
 def tied_head(work: Path) -> None:
-    head(work, tie_word_embeddings=True)
+    head(work)
+    shutil.rmtree(work / "model")
+    make_pico_llama(work / "model", tie_word_embeddings=True)
 
 
 def tied_head_with_a_tensor(work: Path) -> None:
     head(work)
-    basis = random_basis(work / "model", rank=4, pattern="lm_head")
-    save_files(dataclasses.replace(basis, base_model=None), work)
     set_config(work / "model", tie_word_embeddings=True)
 
 

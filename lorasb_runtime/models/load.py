@@ -4,7 +4,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils.logging import disable_progress_bar
 
 from lorasb_runtime.errors import InputError
@@ -40,10 +46,11 @@ def parse_device(name: str) -> torch.device:
 
 
 def load_causal_lm(
-    folder: Path, dtype: torch.dtype | None = None, *, attention: str = "sdpa"
+    folder: Path, dtype: torch.dtype | None = None, *, attention: str | None = None
 ) -> PreTrainedModel:
     """The model in evaluation mode, every weight frozen; `dtype` None keeps the checkpoint's.
 
+    `attention` None is the fastest that transformers has for the model's own formula.
     Raises InputError when transformers cannot load the folder as a causal language model.
     """
     disable_progress_bar()
@@ -53,7 +60,7 @@ def load_causal_lm(
             folder,
             config=config,
             dtype=dtype or "auto",
-            attn_implementation=attention,
+            attn_implementation=attention or _own_attention(config),
             local_files_only=True,
             use_safetensors=True,
         )
@@ -64,6 +71,12 @@ def load_causal_lm(
     model.requires_grad_(False)
     loaded: PreTrainedModel = model
     return loaded
+
+
+def _own_attention(config: PretrainedConfig) -> str | None:
+    """ "eager" where scores are capped, which transformers' "sdpa" leaves out without a word."""
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None) is not None
+    return "eager" if capped else None
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -31,17 +31,18 @@ def weight_of(module: nn.Module) -> torch.Tensor:
 def find_targets(
     model: PreTrainedModel, rank: int, pattern: str | None = None
 ) -> tuple[TargetModule, ...]:
-    """Target modules in the model's own order, of rank `rank` or less where a layer is smaller.
+    """Target modules in the model's own order, all of rank `rank`.
 
     Without `pattern` these are all linear layers but the output embedding; with it, those whose
     name the regular expression finds anywhere. Raises InputError for a bad pattern, for one that
-    matches nothing (and lists what there is), and for a rank below one.
+    matches nothing (and lists what there is) or a tied output embedding, and for a rank below one
+    or above what a layer allows.
     """
     if rank < 1:
         raise InputError(f"rank: found {rank}, expected at least 1")
     linear = {name: m for name, m in model.named_modules() if is_linear(m)}
+    head = model.get_output_embeddings()
     if pattern is None:
-        head = model.get_output_embeddings()
         chosen = {name: m for name, m in linear.items() if m is not head}
     else:
         chosen = {name: m for name, m in linear.items() if _compile(pattern).search(name)}
@@ -50,6 +51,12 @@ def find_targets(
         raise InputError(
             f"targets: {pattern!r} matches none of the model's linear layers: {', '.join(names)}"
         )
+    for name, module in chosen.items():
+        if module is head and module.weight is model.get_input_embeddings().weight:
+            raise InputError(
+                f"targets: {pattern!r} matches {name}, whose weight is the input embedding's too "
+                "(tied embeddings); expected layers with a weight of their own"
+            )
     return tuple(_describe(name, module, rank) for name, module in chosen.items())
 
 

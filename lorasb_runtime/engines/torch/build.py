@@ -16,6 +16,7 @@ from lorasb_runtime.engines.torch.prefix_cache import PrefixCache
 from lorasb_runtime.engines.torch.runner import ModelRunner, kv_shape, load_model
 from lorasb_runtime.errors import InputError
 from lorasb_runtime.models.load import load_tokenizer, parse_device, parse_dtype
+from lorasb_runtime.models.reach import context_length
 from lorasb_runtime.models.text import TextCodec
 from lorasb_runtime.storage.basis_file import Basis
 
@@ -79,7 +80,7 @@ def end_tokens(model: PreTrainedModel, codec: TextCodec) -> frozenset[int]:
 def _lengths(model: PreTrainedModel, token_bytes: int, config: EngineConfig) -> tuple[int, int]:
     """Context length and KV budget, both in tokens."""
     budget = config.cache.nbytes // token_bytes
-    own = int(model.config.get_text_config().max_position_embeddings)
+    own = context_length(model.config)
     longest = config.max_model_len or min(own, budget)
     if longest > own:
         raise InputError(f"max-model-len: found {longest}, expected at most the model's {own}")

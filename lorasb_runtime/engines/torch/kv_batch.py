@@ -101,16 +101,18 @@ class PrefillSpan:
 
 @dataclass
 class KVBatch:
-    """Handed through the model's forward to every attention layer."""
+    """Handed through the model's forward to every attention layer; `windows`: what each asked."""
 
     cache: KVCache
     groups: list[DecodeGroup]
     prefills: list[PrefillSpan]
+    windows: dict[int, int | None] = field(default_factory=dict)
 
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: LayerCall
     ) -> torch.Tensor:
         """Store the new keys and values, then attend: [1, heads, tokens, d] -> same shape."""
+        self.windows[call.layer] = call.window
         out = torch.empty_like(q)
         for group in self.groups:
             rows = slice(group.begin, group.end)

@@ -17,9 +17,10 @@ from lorasb_runtime.engines.torch.kv_cache import KVCache, KVShape
 from lorasb_runtime.engines.torch.kv_regions import KVRegions, Region
 from lorasb_runtime.engines.torch.scheduler import Chunk, Step
 from lorasb_runtime.engines.torch.sequence import Sequence
-from lorasb_runtime.errors import InputError
+from lorasb_runtime.errors import BasisMismatchError, InputError
 from lorasb_runtime.models.adapted_linear import adapt_model, check_targets, pack_linears
 from lorasb_runtime.models.load import load_causal_lm
+from lorasb_runtime.models.reach import check_windows
 from lorasb_runtime.models.shared_inputs import neighbours_with_one_input, watch_inputs
 from lorasb_runtime.ops.dense import compute_dtype
 from lorasb_runtime.storage.basis_file import Basis
@@ -28,6 +29,8 @@ logger = logging.getLogger(__name__)
 
 ATTENTION = "lorasb"
 PROBE_TOKENS = 24  # length of the prompt on which our attention is checked against the model's own
+# What a model may hand its attention function that changes the result and that ours does not have.
+UNSUPPORTED = ("s_aux", "position_bias")
 
 
 def _attention(
@@ -48,6 +51,9 @@ def _attention(
     Other keyword arguments are what the model passes along; `check_attention` catches at load a
     model whose result would depend on them.
     """
+    for name in UNSUPPORTED:
+        if kwargs.get(name) is not None:
+            raise ValueError(f"its attention needs {name}")
     call = LayerCall(
         layer=int(module.layer_idx),  # type: ignore[arg-type]
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
@@ -93,15 +99,17 @@ def check_attention(model: PreTrainedModel) -> None:
     """
     name = type(model).__name__
     tokens = _probe_tokens(model)
-    expected = model(input_ids=tokens, use_cache=False).logits[0].float()
+    windows: dict[int, int | None] = {}
     try:
+        expected = model(input_ids=tokens, use_cache=False).logits[0].float()
         model.set_attn_implementation(ATTENTION)
         pack_linears(model)
         cache, region = _probe_cache(model)
-        found = [_probe(model, cache, region, tokens, 0, 16)]
+        found = [_probe(model, cache, region, tokens, 0, 16, windows)]
         for position in range(16, PROBE_TOKENS):
             found.append(_probe(model, cache, region, tokens, position, position + 1))
-    except (ValueError, TypeError, AttributeError, IndexError, RuntimeError) as error:
+        check_windows(model.config, windows)
+    except (LookupError, ValueError, TypeError, AttributeError, RuntimeError, InputError) as error:
         reason = " ".join(str(error).split())[:200]
         raise InputError(
             f"{name}: architecture not supported by the torch engine ({reason})"
@@ -131,10 +139,20 @@ def _probe_cache(model: PreTrainedModel) -> tuple[KVCache, Region]:
 
 @torch.inference_mode()
 def shared_inputs(model: PreTrainedModel, basis: Basis) -> list[list[str]]:
-    """The basis' targets in order, those together that read the same input (q, k and v)."""
+    """The basis' targets in order, those together that read the same input (q, k and v).
+
+    Raises BasisMismatchError for a target whose rows are not the batch's tokens, as an expert's.
+    """
     names = [target.module for target in basis.targets]
     with watch_inputs(model, names) as inputs:
         _probe(model, *_probe_cache(model), _probe_tokens(model), 0, PROBE_TOKENS)
+    for name in names:
+        rows = inputs[name].shape[:-1].numel() if name in inputs else None
+        if rows != PROBE_TOKENS:
+            raise BasisMismatchError(
+                f"{name}: found a layer that not all tokens pass (an expert's?), "
+                "expected one that each passes once"
+            )
     return neighbours_with_one_input(names, inputs)
 
 
@@ -145,8 +163,13 @@ def _probe(
     tokens: torch.Tensor,
     start: int,
     end: int,
+    windows: dict[int, int | None] | None = None,
 ) -> torch.Tensor:
-    """Logits [end - start, vocab] of a piece of the probe prompt: a chunk, or one decode step."""
+    """Logits [end - start, vocab] of a piece of the probe prompt: a chunk, or one decode step.
+
+    Notes in `windows` what window each layer asked for. Has the logits given in reverse, so that
+    a model that gives others than it is asked for is found out.
+    """
     ids = tokens[0, :end].tolist()
     sequence = Sequence("probe", 0, ids, end, end, SamplingParams(), 0, computed=end)
     sequence.region = region
@@ -154,13 +177,18 @@ def _probe(
         step = Step(decodes=[sequence])
     else:
         step = Step(prefills=[Chunk(sequence, start, end - start, True)])
+    kv_batch = build_kv_batch(cache, step, model.device)
+    positions = torch.arange(start, end, device=model.device)
     logits: torch.Tensor = model(
         input_ids=tokens[:, start:end],
-        position_ids=torch.arange(start, end, device=model.device)[None],
+        position_ids=positions[None],
+        logits_to_keep=(positions - start).flip(0),
         use_cache=False,
-        kv_batch=build_kv_batch(cache, step, model.device),
+        kv_batch=kv_batch,
     ).logits
-    return logits[0].float()
+    if windows is not None:
+        windows.update(kv_batch.windows)
+    return logits[0].flip(0).float()
 
 
 def kv_shape(model: PreTrainedModel) -> KVShape:
@@ -182,8 +210,11 @@ class ModelRunner:
         self._model = model
         self._cache = cache
         self._cores: CoreRows | None = None
+        self._head_adapted = False
         if basis is not None and slots is not None:
             check_targets(model, basis)
+            head = model.get_output_embeddings()
+            self._head_adapted = any(model.get_submodule(t.module) is head for t in basis.targets)
             shared = shared_inputs(model, basis)
             self._cores, cores = slot_cores(basis, slots, model.dtype, shared)
             adapt_model(model, basis, lambda index: cores[index])
@@ -214,16 +245,18 @@ class ModelRunner:
             keep.extend(range(begin, begin + chunk.count))
         if self._cores is not None:
             self._cores.prepare([s.slot or BASE_SLOT for s in step.decodes], runs)
+        kept = torch.tensor(keep, dtype=torch.int64, device=self.device)
         logits = self._model(
             input_ids=torch.tensor([ids], device=self.device),
             position_ids=torch.tensor([positions], device=self.device),
-            logits_to_keep=torch.tensor(keep, dtype=torch.int64, device=self.device),
+            logits_to_keep=0 if self._head_adapted else kept,  # an adapted layer sees all rows
             use_cache=False,
             kv_batch=kv_batch,
-        ).logits
-        kept = logits[0].float().split([len(receivers), *(c.count for c, _ in prompts)])
+        ).logits[0]
+        wanted = (logits[kept] if self._head_adapted else logits).float()
+        own, *parts = wanted.split([len(receivers), *(chunk.count for chunk, _ in prompts)])
         return StepLogits(
-            receivers, kept[0], [(c, part) for (c, _), part in zip(prompts, kept[1:], strict=True)]
+            receivers, own, [(c, part) for (c, _), part in zip(prompts, parts, strict=True)]
         )
 
 
