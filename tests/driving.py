@@ -11,7 +11,8 @@ from lorasb_runtime.config import SchedulerConfig
 from lorasb_runtime.engines.base import SamplingParams
 from lorasb_runtime.engines.torch.kv_cache import KVCache
 from lorasb_runtime.engines.torch.kv_regions import KVRegions
-from lorasb_runtime.engines.torch.runner import ModelRunner, kv_shape, load_model
+from lorasb_runtime.engines.torch.prepare import kv_shape, load_model
+from lorasb_runtime.engines.torch.runner import ModelRunner
 from lorasb_runtime.engines.torch.scheduler import Scheduler
 from lorasb_runtime.engines.torch.sequence import Sequence
 from lorasb_runtime.ops.core_matmul import scale_core

@@ -13,7 +13,7 @@ from torch import nn
 
 from lorasb_runtime.config import EngineConfig
 from lorasb_runtime.engines.torch.build import load_engine
-from lorasb_runtime.engines.torch.runner import load_model, shared_inputs
+from lorasb_runtime.engines.torch.prepare import load_model, shared_inputs
 from lorasb_runtime.errors import BasisMismatchError, InputError
 from lorasb_runtime.models.adapted_linear import check_targets
 from lorasb_runtime.models.load import load_causal_lm

@@ -17,7 +17,7 @@ from lorasb_runtime.config import CacheConfig, EngineConfig, SchedulerConfig
 from lorasb_runtime.engines.base import Chunk, GenerationRequest, Grammar, SamplingParams
 from lorasb_runtime.engines.torch.build import load_engine
 from lorasb_runtime.engines.torch.engine import TorchEngine
-from lorasb_runtime.engines.torch.runner import load_model
+from lorasb_runtime.engines.torch.prepare import load_model
 from lorasb_runtime.errors import EngineError, InputError
 from lorasb_runtime.ops.core_matmul import scale_core
 from lorasb_runtime.storage.adapter_file import Adapter

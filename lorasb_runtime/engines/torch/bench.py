@@ -24,7 +24,7 @@ from lorasb_runtime.config import EngineConfig, SchedulerConfig
 from lorasb_runtime.engines.base import GenerationRequest, SamplingParams
 from lorasb_runtime.engines.torch.build import build_engine
 from lorasb_runtime.engines.torch.engine import TorchEngine
-from lorasb_runtime.engines.torch.runner import load_model
+from lorasb_runtime.engines.torch.prepare import load_model
 from lorasb_runtime.models.load import load_tokenizer, parse_dtype
 from lorasb_runtime.models.targets import find_targets
 from lorasb_runtime.models.text import TextCodec

@@ -13,7 +13,8 @@ from lorasb_runtime.engines.torch.engine import TorchEngine
 from lorasb_runtime.engines.torch.kv_cache import KVCache
 from lorasb_runtime.engines.torch.kv_regions import KVRegions
 from lorasb_runtime.engines.torch.prefix_cache import PrefixCache
-from lorasb_runtime.engines.torch.runner import ModelRunner, kv_shape, load_model
+from lorasb_runtime.engines.torch.prepare import kv_shape, load_model
+from lorasb_runtime.engines.torch.runner import ModelRunner
 from lorasb_runtime.errors import InputError
 from lorasb_runtime.models.load import load_tokenizer, parse_device, parse_dtype
 from lorasb_runtime.models.reach import context_length
