@@ -8,6 +8,8 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from lorasb_runtime.errors import InputError
+
 if TYPE_CHECKING:
     from lorasb_runtime.adapters.loader import LoadedAdapter
     from lorasb_runtime.models.text import TextCodec
@@ -111,6 +113,23 @@ class EngineInfo:
     max_model_len: int
     vocab_size: int
     dtype: str
+
+
+def check_request(request: GenerationRequest, info: EngineInfo, *, has_basis: bool) -> None:
+    """Raises InputError for a request that no engine with this `info` can ever run."""
+    longest = info.max_model_len
+    if not request.prompt:
+        raise InputError("prompt: found no tokens, expected at least one")
+    if len(request.prompt) >= longest:
+        raise InputError(
+            f"prompt: found {len(request.prompt)} tokens, expected fewer than the context "
+            f"of {longest}"
+        )
+    for token in (*request.sampling.logit_bias, *request.sampling.stop_token_ids):
+        if not 0 <= token < info.vocab_size:
+            raise InputError(f"token id: found {token}, expected one below {info.vocab_size}")
+    if request.adapter is not None and not has_basis:
+        raise InputError("this server has no basis, so it serves no adapters")
 
 
 @dataclass(frozen=True)

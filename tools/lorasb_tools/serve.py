@@ -48,6 +48,9 @@ def serve(
     max_num_seqs: int = typer.Option(64, min=1, help="Sequences that run at once."),
     max_batched_tokens: int = typer.Option(512, min=1, help="Tokens computed in one step."),
     kv_cache_gib: float = typer.Option(2.0, min=0.001, help="Memory of the KV cache."),
+    prefix_cache_gib: float = typer.Option(
+        0.5, min=0.0, help="Memory that keeps past prompts' KV for later ones; 0: none."
+    ),
     device: str = typer.Option("cpu", help="torch device; others than cpu are untested."),
 ) -> None:
     """Serve MODEL with a different adapter for each request, over OpenAI's HTTP API."""
@@ -63,7 +66,9 @@ def serve(
         device=device,
         max_model_len=max_model_len,
         slots=slots,
-        cache=CacheConfig(nbytes=int(kv_cache_gib * (1 << 30))),
+        cache=CacheConfig(
+            nbytes=int(kv_cache_gib * (1 << 30)), prefix_nbytes=int(prefix_cache_gib * (1 << 30))
+        ),
         scheduler=SchedulerConfig(max_num_seqs, max_batched_tokens),
     )
     note(f"lorasb: loading {model}")

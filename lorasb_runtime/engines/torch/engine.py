@@ -11,7 +11,13 @@ from dataclasses import dataclass, field
 from lorasb_runtime.adapters.loader import LoadedAdapter
 from lorasb_runtime.adapters.slots import BASE_SLOT, SlotTable
 from lorasb_runtime.config import SchedulerConfig
-from lorasb_runtime.engines.base import Chunk, EngineInfo, EngineStats, GenerationRequest
+from lorasb_runtime.engines.base import (
+    Chunk,
+    EngineInfo,
+    EngineStats,
+    GenerationRequest,
+    check_request,
+)
 from lorasb_runtime.engines.torch.kv_regions import KVRegions
 from lorasb_runtime.engines.torch.output import SequenceOutput
 from lorasb_runtime.engines.torch.prefix_cache import PrefixCache
@@ -20,7 +26,7 @@ from lorasb_runtime.engines.torch.sampler import Sampler
 from lorasb_runtime.engines.torch.scheduler import Scheduler
 from lorasb_runtime.engines.torch.sequence import Sequence
 from lorasb_runtime.engines.torch.structured import GrammarCompiler, GrammarMatcher
-from lorasb_runtime.errors import EngineError, InputError, LorasbError, OverloadedError
+from lorasb_runtime.errors import EngineError, LorasbError, OverloadedError
 from lorasb_runtime.models.text import TextCodec
 
 logger = logging.getLogger(__name__)
@@ -147,21 +153,7 @@ class TorchEngine:
 
     def _check(self, request: GenerationRequest) -> None:
         """Refuse what can never run, or cannot be queued now."""
-        longest = self._info.max_model_len
-        if not request.prompt:
-            raise InputError("prompt: found no tokens, expected at least one")
-        if len(request.prompt) >= longest:
-            raise InputError(
-                f"prompt: found {len(request.prompt)} tokens, expected fewer than the context "
-                f"of {longest}"
-            )
-        for token in (*request.sampling.logit_bias, *request.sampling.stop_token_ids):
-            if not 0 <= token < self._info.vocab_size:
-                raise InputError(
-                    f"token id: found {token}, expected one below {self._info.vocab_size}"
-                )
-        if request.adapter is not None and self._slots is None:
-            raise InputError("this server has no basis, so it serves no adapters")
+        check_request(request, self._info, has_basis=self._slots is not None)
         inside = len(self._jobs) + sum(job.request.n for job in self._arriving)
         if inside + request.n > self._limits.max_waiting + self._limits.max_num_seqs:
             raise OverloadedError(f"{inside} sequences are waiting or running already")
