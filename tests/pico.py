@@ -51,6 +51,7 @@ KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3_moe": ("qwen3_moe", {**WIDE, **MOE, "num_experts": 4, "decoder_sparse_step": 1}),
     # Refused by the torch engine.
     "bloom": ("bloom", {}),
+    "doge": ("doge", GROUPED),
     "mamba": ("mamba", {}),
     "gpt_oss": ("gpt_oss", {**WIDE, "num_local_experts": 4, "sliding_window": WINDOW}),
     "llama4": ("llama4_text", {**GROUPED, "head_dim": 8, "attention_chunk_size": 64}),

@@ -21,6 +21,7 @@ from lorasb_runtime.models.targets import find_targets
 
 REFUSED = {
     "bloom": "BloomForCausalLM.*layer 0: found an attention of its own",
+    "doge": "DogeForCausalLM.*attention needs a mask of its own",
     "mamba": "MambaForCausalLM.*layer 0: found linear_attention",
     "gpt_oss": "GptOssForCausalLM.*attention needs s_aux",
     "llama4": "Llama4ForCausalLM.*layer 0: found chunked_attention",

@@ -51,6 +51,8 @@ def _attention(
     for name in UNSUPPORTED:
         if kwargs.get(name) is not None:
             raise ValueError(f"its attention needs {name}")
+    if attention_mask is not None:
+        raise ValueError("its attention needs a mask of its own")
     call = LayerCall(
         layer=int(module.layer_idx),  # type: ignore[arg-type]
         scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
