@@ -152,6 +152,8 @@ class Scheduler:
         One without a free slot is passed over, and so is one whose next block is being computed
         for another sequence right now: it will find that block in the prefix cache.
         """
+        if not self.waiting:
+            return
         prefilling = [s for s in self.running if s.remaining > 1]
         budget = self._config.max_batched_tokens - len(step.decodes)
         computing = {digest for s in prefilling for digest in self._shared(s)}
