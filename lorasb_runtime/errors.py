@@ -3,6 +3,7 @@
 LorasbError
 ├── InputError                 the caller's to mend: exit 2, HTTP 400
 │   ├── FileFormatError        a file is not what it must be
+│   │   └── DigestError        its bytes are not those that its name promises
 │   ├── BasisMismatchError     adapter, basis and model do not belong together (HTTP 422)
 │   ├── NotFoundError          no such model, adapter or version (HTTP 404)
 │   ├── TooLargeError          over a stated limit (HTTP 413)
@@ -32,6 +33,10 @@ class FileFormatError(InputError):
         self.expected = expected
 
 
+class DigestError(FileFormatError):
+    """A file's bytes do not have the digest that names them: damaged, or cut short on the way."""
+
+
 class BasisMismatchError(InputError):
     """An adapter was made for another basis, or a basis for another model."""
 
@@ -53,7 +58,11 @@ class ServiceError(LorasbError):
 
 
 class StoreError(ServiceError):
-    """The adapter store failed to answer."""
+    """The adapter store failed to answer; `transient` means that another attempt may succeed."""
+
+    def __init__(self, message: str, *, transient: bool = False) -> None:
+        super().__init__(message)
+        self.transient = transient
 
 
 class OverloadedError(ServiceError):

@@ -4,27 +4,14 @@
 """
 
 import logging
-import os
 import re
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any
-
-import fsspec
-from fsspec.implementations.local import LocalFileSystem
-from fsspec.implementations.memory import MemoryFileSystem
+from datetime import datetime
 
 from lorasb_runtime.adapters.names import AdapterName, parse_name
-from lorasb_runtime.errors import (
-    FileFormatError,
-    InputError,
-    LorasbError,
-    NotFoundError,
-    StoreError,
-    TooLargeError,
-)
-from lorasb_runtime.storage import atomic
+from lorasb_runtime.adapters.retry import Retry
+from lorasb_runtime.adapters.store_files import FileInfo, StoreFiles
+from lorasb_runtime.errors import DigestError, FileFormatError, InputError, NotFoundError
 from lorasb_runtime.storage.adapter_file import version_of
 
 logger = logging.getLogger(__name__)
@@ -32,6 +19,8 @@ logger = logging.getLogger(__name__)
 SUFFIX = ".safetensors"
 CURRENT = "current"
 MAX_ADAPTER_BYTES = 256 * 1024 * 1024
+MAX_CURRENT_BYTES = 128
+DIGEST_ATTEMPTS = 3  # a read that was cut short looks like a wrong digest
 _VERSION = re.compile(r"[0-9a-f]{64}")
 
 
@@ -47,143 +36,146 @@ class StoredVersion:
 
 
 class AdapterStore:
-    """Reads and publishes adapter files by name. Safe to use from several threads."""
+    """Reads and publishes adapter files by name. Safe to use from several threads.
 
-    def __init__(self, url: str) -> None:
+    Every call ends in the time that `retry` gives it, and repeats what failed for a moment.
+    """
+
+    def __init__(self, url: str, retry: Retry | None = None) -> None:
         """Raises InputError for a URL whose protocol fsspec does not know."""
-        try:
-            fs, root = fsspec.core.url_to_fs(url, use_listings_cache=False)
-        except (ValueError, ImportError) as error:
-            raise InputError(f"store {url!r}: {error}") from None
-        self.url = url
-        self._fs: Any = fs
-        self._root = root.rstrip("/")
-        self._local = isinstance(fs, LocalFileSystem)
+        self.files = StoreFiles(url, retry or Retry())
+        self.url = self.files.url
 
     def current(self, name: AdapterName) -> str:
         """The version that is served now. Raises NotFoundError where the name is unknown."""
-        path = f"{self._folder(name)}/{CURRENT}"
-        text = self._read(path, f"adapter {str(name)!r}", 128).decode("ascii", "replace").strip()
+        path = f"{self.folder(name)}/{CURRENT}"
+        data = self.files.read(path, f"adapter {str(name)!r}", MAX_CURRENT_BYTES)
+        text = data.decode("ascii", "replace").strip()
         if not _VERSION.fullmatch(text):
             raise FileFormatError(path, repr(text[:80]), "a version of 64 hex digits")
         return text
 
-    def fetch(self, name: AdapterName, version: str) -> bytes:
-        """A version's bytes, checked against its digest. Raises NotFoundError, FileFormatError."""
-        path = self._path(name, version)
-        data = self._read(path, f"adapter {str(name)!r} version {version}", MAX_ADAPTER_BYTES)
-        found = version_of(data)
-        if found != version:
-            raise FileFormatError(path, f"bytes with digest {found}", f"digest {version}")
-        return data
+    def fetch(self, name: AdapterName, version: str, limit: int = MAX_ADAPTER_BYTES) -> bytes:
+        """A version's bytes, checked against its digest.
+
+        Raises NotFoundError, DigestError, and TooLargeError once `limit` bytes have been read.
+        """
+        path = self.path(name, version)
+        what = f"adapter {str(name)!r} version {version}"
+        for attempt in range(DIGEST_ATTEMPTS):
+            if attempt:
+                self.files.retry.add()
+            data = self.files.read(path, what, limit)
+            found = version_of(data)
+            if found == version:
+                return data
+        raise DigestError(path, f"bytes with digest {found}", f"digest {version}")
+
+    def fetch_start(self, name: AdapterName, version: str, nbytes: int) -> bytes:
+        """The first bytes of a version, unchecked."""
+        what = f"adapter {str(name)!r} version {version}"
+        return self.files.read_start(self.path(name, version), what, nbytes)
 
     def publish(self, name: AdapterName, data: bytes) -> str:
         """Write the version, verify it, then make it current; returns the version."""
         version = version_of(data)
-        self._write(self._path(name, version), data)
+        self.files.write(self.path(name, version), data)
         self.fetch(name, version)
-        self._write(f"{self._folder(name)}/{CURRENT}", version.encode())
+        self._make_current(name, version, data)
         return version
 
     def rollback(self, name: AdapterName, version: str) -> None:
         """Make an earlier version current again. Raises NotFoundError where it is not there."""
-        self.fetch(name, version)
-        self._write(f"{self._folder(name)}/{CURRENT}", version.encode())
+        self.files.need_writable()
+        self._make_current(name, version, self.fetch(name, version))
 
     def delete(self, name: AdapterName) -> None:
         """Remove an adapter with all its versions; `current` goes first."""
-        folder = self._folder(name)
+        self.files.need_writable()
+        current = f"{self.folder(name)}/{CURRENT}"
+        if not self.files.exists(current):
+            raise NotFoundError(f"adapter {str(name)!r} not found in the store {self.url}")
+        self.files.remove(current)
+        for path in self.files.find(self.folder(name)):
+            self.files.remove(path)
+
+    def remove_version(self, name: AdapterName, version: str) -> bool:
+        """Remove a version unless it is the current one; returns whether it is gone.
+
+        One that becomes current at this very moment is put back: whoever makes a version current
+        looks afterwards whether it is still there, and so does this, so that whichever of the two
+        comes last repairs it.
+        """
         try:
-            if not self._fs.exists(f"{folder}/{CURRENT}"):
-                raise NotFoundError(f"adapter {str(name)!r} not found in the store {self.url}")
-            self._fs.rm_file(f"{folder}/{CURRENT}")
-            self._fs.rm(folder, recursive=True)
-        except FileNotFoundError:
-            pass
-        except LorasbError:
-            raise
-        except Exception as error:
-            raise self._failure(folder, error) from error
+            data = self.fetch(name, version)
+        except FileFormatError:
+            data = None  # damaged: nothing worth putting back
+        if self._current_or_none(name) == version:
+            return False
+        self.files.remove(self.path(name, version))
+        if data is not None and self._current_or_none(name) == version:
+            self.files.write(self.path(name, version), data)
+            return False
+        return True
 
     def names(self) -> list[AdapterName]:
         """Every adapter that has a current version, sorted; other files are passed over."""
-        found = []
-        for path in self._find(self._root):
-            parts = path.removeprefix(self._root).strip("/").split("/")
-            if len(parts) == 3 and parts[-1] == CURRENT:
-                try:
-                    found.append(parse_name("/".join(parts[:2])))
-                except InputError as error:
-                    logger.warning("store %s: %s", self.url, error)
-        return sorted(found)
+        return [name for name, files in self.listing().items() if CURRENT in files]
+
+    def listing(self) -> dict[AdapterName, dict[str, FileInfo]]:
+        """The files of every adapter's folder by their names, sorted by adapter; one listing."""
+        found: dict[AdapterName, dict[str, FileInfo]] = {}
+        for path, info in self.files.find(self.files.root).items():
+            parts = path.removeprefix(self.files.root).strip("/").split("/")
+            if len(parts) != 3:
+                continue
+            try:
+                name = parse_name("/".join(parts[:2]))
+            except InputError as error:
+                logger.warning("store %s: %s", self.url, error)
+                continue
+            found.setdefault(name, {})[parts[2]] = info
+        return dict(sorted(found.items()))
+
+    def files_of(self, name: AdapterName) -> dict[str, FileInfo]:
+        """The files of one adapter's folder by their names."""
+        found = self.files.find(self.folder(name))
+        return {path.rsplit("/", 1)[-1]: info for path, info in found.items()}
 
     def versions(self, name: AdapterName) -> list[StoredVersion]:
         """All stored versions of an adapter, newest first. Raises NotFoundError if unknown."""
         current = self.current(name)
-        found = []
-        for path, info in self._find(self._folder(name)).items():
-            version = path.rsplit("/", 1)[-1].removesuffix(SUFFIX)
-            if _VERSION.fullmatch(version):
-                modified = _modified(info)
-                size = int(info["size"])
-                found.append(StoredVersion(name, version, size, modified, version == current))
-        return sorted(found, key=lambda v: (v.modified is not None, v.modified), reverse=True)
+        return versions_among(self.files_of(name), name, current)
 
-    def _folder(self, name: AdapterName) -> str:
-        return f"{self._root}/{name.namespace}/{name.name}"
+    def folder(self, name: AdapterName) -> str:
+        return f"{self.files.root}/{name.namespace}/{name.name}"
 
-    def _path(self, name: AdapterName, version: str) -> str:
+    def path(self, name: AdapterName, version: str) -> str:
+        """Where a version lies. Raises InputError for a version that is none."""
         if not _VERSION.fullmatch(version):
             raise InputError(f"version: found {version[:80]!r}, expected 64 hex digits")
-        return f"{self._folder(name)}/{version}{SUFFIX}"
+        return f"{self.folder(name)}/{version}{SUFFIX}"
 
-    def _read(self, path: str, what: str, limit: int) -> bytes:
+    def _make_current(self, name: AdapterName, version: str, data: bytes) -> None:
+        self.files.write(f"{self.folder(name)}/{CURRENT}", version.encode())
+        if not self.files.exists(self.path(name, version)):  # pruned in between
+            self.files.write(self.path(name, version), data)
+
+    def _current_or_none(self, name: AdapterName) -> str | None:
         try:
-            data = self._read_bytes(path, limit + 1)
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
-            raise NotFoundError(f"{what} not found in the store {self.url}") from None
-        except Exception as error:
-            raise self._failure(path, error) from error
-        if len(data) > limit:
-            raise TooLargeError(f"{path}: found more than {limit} bytes, expected at most that")
-        return data
-
-    def _write(self, path: str, data: bytes) -> None:
-        try:
-            if self._local:
-                atomic.write_bytes(Path(path), data)
-            else:
-                self._fs.makedirs(os.path.dirname(path), exist_ok=True)
-                self._fs.pipe_file(path, data)
-        except LorasbError:
-            raise
-        except Exception as error:
-            raise self._failure(path, error) from error
-
-    def _read_bytes(self, path: str, limit: int) -> bytes:
-        if isinstance(self._fs, MemoryFileSystem):  # whose open files share one read position
-            whole: bytes = self._fs.cat_file(path)
-            return whole
-        with self._fs.open(path, "rb") as file:
-            data: bytes = file.read(limit)
-        return data
-
-    def _find(self, folder: str) -> dict[str, dict[str, Any]]:
-        try:
-            found: dict[str, dict[str, Any]] = self._fs.find(folder, detail=True)
-        except FileNotFoundError:
-            return {}
-        except Exception as error:
-            raise self._failure(folder, error) from error
-        return found
-
-    def _failure(self, path: str, error: Exception) -> StoreError:
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        return StoreError(f"store {self.url}: {path}: {reason}")
+            return self.current(name)
+        except NotFoundError:
+            return None
 
 
-def _modified(info: dict[str, Any]) -> datetime | None:
-    value = info.get("mtime") or info.get("LastModified") or info.get("created")
-    if isinstance(value, datetime):
-        return value if value.tzinfo else value.replace(tzinfo=UTC)
-    return datetime.fromtimestamp(value, UTC) if isinstance(value, int | float) else None
+def versions_among(
+    files: dict[str, FileInfo], name: AdapterName, current: str | None
+) -> list[StoredVersion]:
+    """The versions among an adapter's files, newest first."""
+    found = []
+    for file, info in files.items():
+        version = file.removesuffix(SUFFIX)
+        if file.endswith(SUFFIX) and _VERSION.fullmatch(version):
+            is_current = version == current
+            found.append(StoredVersion(name, version, info.nbytes, info.modified, is_current))
+    return sorted(found, key=lambda v: v.modified.timestamp() if v.modified else 0.0, reverse=True)
