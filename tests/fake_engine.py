@@ -18,6 +18,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from lorasb_runtime.adapters.loader import AdapterLoader
+from lorasb_runtime.adapters.loader_config import LoaderConfig
 from lorasb_runtime.adapters.store import AdapterStore
 from lorasb_runtime.engines.base import (
     Chunk,
@@ -165,7 +166,7 @@ def adapter_bytes(basis: Basis, value: float) -> bytes:
 
 
 def folder_loader(folder: Path, basis: Basis) -> AdapterLoader:
-    return AdapterLoader(AdapterStore(str(folder)), basis, refresh=0.0)
+    return AdapterLoader(AdapterStore(str(folder)), basis, LoaderConfig(refresh=0.0))
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from lorasb_runtime.adapters.loader import AdapterLoader
+from lorasb_runtime.adapters.loader_config import LoaderConfig
 from lorasb_runtime.adapters.names import AdapterName, parse_name
 from lorasb_runtime.adapters.store import AdapterStore
 from lorasb_runtime.errors import (
@@ -173,7 +174,7 @@ class Clock:
 
 def test_the_loader_scales_caches_and_refreshes(store: AdapterStore, basis: Basis) -> None:
     clock = Clock()
-    loader = AdapterLoader(store, basis, refresh=1.0, clock=clock)
+    loader = AdapterLoader(store, basis, LoaderConfig(refresh=1.0), clock=clock)
     store.publish(ALICE, adapter(basis, 4))
     first = loader.get(ALICE)
     assert first.cores.tolist() == [2, 2, 2, 2]
@@ -212,10 +213,10 @@ def test_the_loader_refuses_what_is_not_for_its_basis(store: AdapterStore, basis
 
 
 def test_the_loader_cache_keeps_to_its_budget(store: AdapterStore, basis: Basis) -> None:
-    loader = AdapterLoader(store, basis, cache_bytes=40)
+    loader = AdapterLoader(store, basis, LoaderConfig(cache_bytes=40))
     for i in range(5):
         loader.publish(parse_name(f"u{i}"), adapter(basis, i))
-    assert loader._cached <= 40
+    assert loader.stats().cached_bytes <= 40
     assert loader.get(parse_name("u0")).cores.tolist() == [0, 0, 0, 0]
 
 
@@ -224,10 +225,10 @@ def test_many_threads_fetch_a_version_once(store: AdapterStore, basis: Basis) ->
     fetched: list[str] = []
     original = store.fetch
 
-    def counting(name: AdapterName, version: str) -> bytes:
+    def counting(name: AdapterName, version: str, limit: int) -> bytes:
         fetched.append(version)
         time.sleep(0.05)
-        return original(name, version)
+        return original(name, version, limit)
 
     store.fetch = counting  # type: ignore[method-assign]
     loader = AdapterLoader(store, basis)

@@ -1,24 +1,34 @@
 """From an adapter's name to verified cores in host memory, each version fetched once.
 
-Blocking and safe to call from many threads; the server calls it from worker threads.
+Safe to call from many threads, and from an event loop by `load`; the store is asked in threads
+of the loader's own.
 """
 
+import asyncio
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
+from lorasb_runtime.adapters.current_versions import CurrentVersions
+from lorasb_runtime.adapters.disk_cache import DiskCache
+from lorasb_runtime.adapters.flights import Flights
+from lorasb_runtime.adapters.loader_config import LoaderConfig
+from lorasb_runtime.adapters.loader_stats import LoaderCounters, LoaderStats
+from lorasb_runtime.adapters.memory_cache import MemoryCache
 from lorasb_runtime.adapters.names import AdapterName
-from lorasb_runtime.adapters.store import AdapterStore
-from lorasb_runtime.errors import ConflictError
-from lorasb_runtime.ops.core_matmul import scale_core
-from lorasb_runtime.storage.adapter_file import Adapter, parse_adapter
+from lorasb_runtime.adapters.outage import Outage
+from lorasb_runtime.adapters.prefetch import prefetch
+from lorasb_runtime.adapters.store import AdapterStore, previous_version
+from lorasb_runtime.adapters.version_cores import VersionCores
+from lorasb_runtime.adapters.workers import StoreWorkers
+from lorasb_runtime.errors import LorasbError, NotFoundError, StoreError
 from lorasb_runtime.storage.basis_file import Basis
 
-DEFAULT_CACHE_BYTES = 1 << 30
 NAME_LOCKS = 256  # names share locks by hash, so that unknown names leave nothing behind
 
 
@@ -35,28 +45,35 @@ class AdapterLoader:
     """Resolves names against one store and one basis.
 
     A change that another process makes in the store is seen after `refresh` seconds at the most;
-    what goes through `publish` or `rollback` here is seen by the next `get`.
+    what goes through `publish` or `rollback` here is seen by the next `get`. While the store does
+    not answer, what is known and cached is served for `stale` seconds more.
     """
 
     def __init__(
         self,
         store: AdapterStore,
         basis: Basis,
+        config: LoaderConfig | None = None,
         *,
-        refresh: float = 1.0,
-        cache_bytes: int = DEFAULT_CACHE_BYTES,
         clock: Callable[[], float] = time.monotonic,
+        observe: Callable[[float], None] | None = None,
     ) -> None:
+        """`observe` is told the seconds that each fetch of an adapter file took."""
         self.store = store
         self.basis = basis
-        self._refresh = refresh
-        self._cache_bytes = cache_bytes
+        self.config = config = config or LoaderConfig()
+        self.workers = StoreWorkers(config.fetches, config.timeout)
         self._clock = clock
-        self._lock = threading.Lock()
         self._name_locks = [threading.Lock() for _ in range(NAME_LOCKS)]
-        self._current: dict[AdapterName, tuple[str, float]] = {}
-        self._cache: OrderedDict[str, torch.Tensor] = OrderedDict()
-        self._cached = 0
+        self._counters = LoaderCounters()
+        self._memory = MemoryCache(config.cache_bytes)
+        disk = None
+        if config.disk_cache is not None:
+            disk = DiskCache(config.disk_cache, config.disk_cache_bytes)
+        self._cores = VersionCores(store, basis, self._memory, disk, self._counters, observe)
+        self._current = CurrentVersions(clock, config.refresh, config.stale, config.names)
+        self._lookups: Flights[AdapterName, LoadedAdapter] = Flights()
+        self._outage = Outage(store.url, clock)
 
     def get(self, name: AdapterName) -> LoadedAdapter:
         """The adapter's current version.
@@ -64,71 +81,160 @@ class AdapterLoader:
         Raises NotFoundError for an unknown name, FileFormatError or BasisMismatchError for a file
         that is not an adapter of this basis, StoreError when the store does not answer.
         """
-        with self._name_lock(name):
-            return self._load(name, self._current_version(name))
+        ready = self._ready(name)
+        if ready is not None:
+            return ready
+        lookup = self._begin(name)
+        try:
+            return lookup.result(self._patience(name))
+        except TimeoutError:
+            return self._late(name)
+
+    async def load(self, name: AdapterName) -> LoadedAdapter:
+        """As `get`, without a thread that waits."""
+        ready = self._ready(name)
+        if ready is not None:
+            return ready
+        lookup = asyncio.shield(asyncio.wrap_future(self._begin(name)))
+        try:
+            return await asyncio.wait_for(lookup, self._patience(name))
+        except TimeoutError:
+            return self._late(name)
+
+    def prefetch(self, names: Iterable[AdapterName]) -> "Future[int]":
+        """Load adapters in the background, half of the fetches at most; gives how many it could."""
+        return prefetch(list(names), self._begin, max(1, self.config.fetches // 2))
 
     def publish(self, name: AdapterName, data: bytes) -> LoadedAdapter:
         """Check an adapter file's bytes, store them and make them current."""
-        adapter = parse_adapter(data, f"adapter {str(name)!r}", self.basis)
-        with self._name_lock(name):
+        adapter = self._cores.check(name, data)
+        with self._change(name):
             version = self.store.publish(name, data)
-            self._remember(name, version)
-            return LoadedAdapter(name, version, self._keep(version, adapter))
+            cores = self._cores.keep(adapter, data)
+            self._current.change(name, version)
+        return LoadedAdapter(name, version, cores)
 
     def rollback(self, name: AdapterName, version: str | None) -> LoadedAdapter:
         """Make `version` current; without one, the newest stored version before the current."""
-        with self._name_lock(name):
+        with self._change(name):
             if version is None:
-                version = self._previous(name)
-            loaded = self._load(name, version)
+                version = previous_version(self.store.versions(name), name)
+            cores = self._cores.get(name, version)
             self.store.rollback(name, version)
-            self._remember(name, version)
-            return loaded
+            self._current.change(name, version)
+        return LoadedAdapter(name, version, cores)
 
     def delete(self, name: AdapterName) -> None:
         """Remove the adapter from the store; requests that already have it are not touched."""
-        with self._name_lock(name):
+        with self._change(name):
             self.store.delete(name)
-            self._current.pop(name, None)
+            self._current.change(name, None)
 
-    def _previous(self, name: AdapterName) -> str:
-        stored = self.store.versions(name)
-        at = next((i for i, v in enumerate(stored) if v.current), len(stored))
-        if at + 1 >= len(stored):
-            raise ConflictError(f"adapter {str(name)!r}: found no version before the current one")
-        return stored[at + 1].version
+    def stats(self) -> LoaderStats:
+        return self._counters.stats(
+            retries=self.store.files.retry.count,
+            cached=len(self._memory),
+            cached_bytes=self._memory.nbytes,
+        )
 
-    def _current_version(self, name: AdapterName) -> str:
-        known = self._current.get(name)
-        if known is not None and self._clock() - known[1] < self._refresh:
-            return known[0]
-        version = self.store.current(name)
-        self._remember(name, version)
-        return version
+    def close(self) -> None:
+        """Stop the loader's threads; what they are doing ends by itself."""
+        self.workers.close()
 
-    def _remember(self, name: AdapterName, version: str) -> None:
-        self._current[name] = (version, self._clock())
+    def _ready(self, name: AdapterName) -> LoadedAdapter | None:
+        """The answer if the store need not be asked."""
+        if self._current.is_unknown(name):
+            self._counters.add("negative_hits")
+            raise NotFoundError(f"adapter {str(name)!r} not found in the store {self.store.url}")
+        known = self._current.fresh(name)
+        if known is None:
+            return None
+        cores = self._cores.in_memory(known.version)
+        if cores is None:
+            return None
+        self._counters.add("hits")
+        return LoadedAdapter(name, known.version, cores)
 
-    def _load(self, name: AdapterName, version: str) -> LoadedAdapter:
-        with self._lock:
-            cores = self._cache.get(version)
-            if cores is not None:
-                self._cache.move_to_end(version)
-                return LoadedAdapter(name, version, cores)
-        data = self.store.fetch(name, version)
-        adapter = parse_adapter(data, f"adapter {str(name)!r} version {version}", self.basis)
-        return LoadedAdapter(name, version, self._keep(version, adapter))
+    def _begin(self, name: AdapterName) -> "Future[LoadedAdapter]":
+        deadline = self._clock() + self.config.timeout
+        return self._lookups.begin(name, lambda: self._look_up(name, deadline), self.workers.fetch)
 
-    def _keep(self, version: str, adapter: Adapter) -> torch.Tensor:
-        cores = scale_core(adapter.cores, self.basis.scaling)
-        with self._lock:
-            if version not in self._cache:
-                self._cache[version] = cores
-                self._cached += cores.nbytes
-            while self._cached > self._cache_bytes and len(self._cache) > 1:
-                _, dropped = self._cache.popitem(last=False)
-                self._cached -= dropped.nbytes
-        return cores
+    def _patience(self, name: AdapterName) -> float:
+        """Seconds to wait for the store: less where there is something to serve instead."""
+        known = self._current.usable(name)
+        if known is None or self._cores.in_memory(known.version) is None:
+            return self.config.timeout
+        return 0.0 if known.late else min(self.config.patience, self.config.timeout)
 
-    def _name_lock(self, name: AdapterName) -> threading.Lock:
-        return self._name_locks[hash(name) % NAME_LOCKS]
+    def _late(self, name: AdapterName) -> LoadedAdapter:
+        """For one who has waited long enough; the look-up goes on in the background."""
+        stale = self._stale(name, self._cores.in_memory, "it takes too long to answer")
+        if stale is None:
+            raise StoreError(
+                f"adapter {str(name)!r}: the store {self.store.url} did not answer within "
+                f"{self.config.timeout:g} s"
+            )
+        return stale
+
+    def _look_up(self, name: AdapterName, deadline: float) -> LoadedAdapter:
+        """In a thread of the loader's own: ask the store, else serve what is on this machine."""
+        try:
+            if self._clock() > deadline:
+                raise StoreError(f"store {self.store.url}: too many others wait for it")
+            loaded = self._ask(name)
+        except StoreError as error:
+            self._counters.add("failures")
+            stale = self._stale(name, lambda v: self._cores.cached(name, v), str(error))
+            if stale is None:
+                raise
+            return stale
+        except LorasbError as error:
+            self._counters.add("failures", not isinstance(error, NotFoundError))
+            raise
+        self._outage.end()
+        return loaded
+
+    def _stale(
+        self, name: AdapterName, find: Callable[[str], torch.Tensor | None], reason: str
+    ) -> LoadedAdapter | None:
+        """The version last confirmed, if that is not too long ago and `find` has its cores."""
+        self._current.mark_late(name)
+        known = self._current.usable(name)
+        cores = find(known.version) if known is not None else None
+        if known is None or cores is None:
+            return None
+        self._counters.add("stale_served")
+        self._outage.begin(reason)
+        return LoadedAdapter(name, known.version, cores)
+
+    def _ask(self, name: AdapterName) -> LoadedAdapter:
+        asked = self._current.ask(name)
+        try:
+            version = self.store.current(name)
+            try:
+                cores = self._cores.get(name, version)
+            except NotFoundError:  # replaced and pruned, or deleted, since we read `current`
+                missing, version = version, self.store.current(name)
+                if version == missing:
+                    raise StoreError(
+                        f"adapter {str(name)!r}: its current version {version} is not in the "
+                        f"store {self.store.url}"
+                    ) from None
+                cores = self._cores.get(name, version)
+        except NotFoundError:
+            self._current.learn(name, None, asked)
+            raise
+        self._current.learn(name, version, asked)
+        return LoadedAdapter(name, version, cores)
+
+    @contextmanager
+    def _change(self, name: AdapterName) -> Iterator[None]:
+        """One change of a name at a time; look-ups that began before it teach us nothing."""
+        with self._name_locks[hash(name) % NAME_LOCKS]:
+            try:
+                yield
+            except BaseException:
+                self._current.doubt(name)
+                raise
+            finally:
+                self._lookups.forget(name)

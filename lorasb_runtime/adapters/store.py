@@ -11,7 +11,13 @@ from datetime import datetime
 from lorasb_runtime.adapters.names import AdapterName, parse_name
 from lorasb_runtime.adapters.retry import Retry
 from lorasb_runtime.adapters.store_files import FileInfo, StoreFiles
-from lorasb_runtime.errors import DigestError, FileFormatError, InputError, NotFoundError
+from lorasb_runtime.errors import (
+    ConflictError,
+    DigestError,
+    FileFormatError,
+    InputError,
+    NotFoundError,
+)
 from lorasb_runtime.storage.adapter_file import version_of
 
 logger = logging.getLogger(__name__)
@@ -179,3 +185,22 @@ def versions_among(
             is_current = version == current
             found.append(StoredVersion(name, version, info.nbytes, info.modified, is_current))
     return sorted(found, key=lambda v: v.modified.timestamp() if v.modified else 0.0, reverse=True)
+
+
+def previous_version(stored: list[StoredVersion], name: AdapterName) -> str:
+    """Of versions sorted newest first, the one before the current. Raises ConflictError."""
+    at = next((i for i, v in enumerate(stored) if v.current), len(stored))
+    if at + 1 >= len(stored):
+        raise ConflictError(f"adapter {str(name)!r}: found no version before the current one")
+    return stored[at + 1].version
+
+
+def version_starting(stored: list[StoredVersion], name: AdapterName, digits: str) -> str:
+    """The one stored version that starts with `digits`. Raises NotFoundError, ConflictError."""
+    found = [v.version for v in stored if v.version.startswith(digits)]
+    what = f"adapter {str(name)!r}: found {{}} versions starting with {digits[:64]!r}, expected one"
+    if not found:
+        raise NotFoundError(what.format("no"))
+    if len(found) > 1:
+        raise ConflictError(what.format(len(found)))
+    return found[0]

@@ -1,11 +1,11 @@
 """/v1/adapters: list, look at, publish, delete and roll back adapters."""
 
-import asyncio
 import logging
 from typing import Any
 
 from fastapi import APIRouter, Request
 
+from lorasb_runtime.adapters.catalog import CatalogEntry, describe, list_adapters
 from lorasb_runtime.adapters.names import AdapterName, parse_name
 from lorasb_runtime.adapters.store import AdapterStore, StoredVersion
 from lorasb_runtime.errors import (
@@ -14,7 +14,6 @@ from lorasb_runtime.errors import (
     NotFoundError,
     TooLargeError,
 )
-from lorasb_runtime.storage.adapter_file import parse_adapter
 from lorasb_server.schemas.sampling import Strict
 from lorasb_server.service import Service, from_store
 
@@ -35,28 +34,26 @@ def adapter_routes(service: Service) -> APIRouter:
     @router.get("")
     async def list_adapters() -> dict[str, Any]:
         loader = service.need_loader()
-        data = await from_store(_cards, loader.store)
+        data = await from_store(loader, _cards, loader.store)
         return {"object": "list", "basis": loader.basis.digest, "data": data}
 
     @router.get("/{name:path}/versions")
     async def list_versions(name: str) -> dict[str, Any]:
-        store = service.need_loader().store
-        versions = await from_store(store.versions, parse_name(name))
+        loader = service.need_loader()
+        versions = await from_store(loader, loader.store.versions, parse_name(name))
         return {"object": "list", "data": [_version(v) for v in versions]}
 
     @router.post("/{name:path}/rollback")
     async def roll_back(name: str, body: RollbackRequest | None = None) -> dict[str, Any]:
         loader = service.need_loader()
         version = body.version if body else None
-        loaded = await from_store(loader.rollback, parse_name(name), version)
+        loaded = await from_store(loader, loader.rollback, parse_name(name), version)
         return {"name": str(loaded.name), "version": loaded.version}
 
     @router.get("/{name:path}")
     async def get_adapter(name: str) -> dict[str, Any]:
-        store = service.need_loader().store
-        target = parse_name(name)
-        card = await from_store(_card, store, target)
-        return {**card, "basis": await from_store(_basis, store, target, card["version"])}
+        loader = service.need_loader()
+        return await from_store(loader, _described, loader.store, parse_name(name))
 
     @router.put("/{name:path}")
     async def put_adapter(name: str, request: Request) -> dict[str, Any]:
@@ -65,7 +62,8 @@ def adapter_routes(service: Service) -> APIRouter:
     @router.delete("/{name:path}")
     async def delete_adapter(name: str) -> dict[str, Any]:
         target = parse_name(name)
-        await from_store(service.need_loader().delete, target)
+        loader = service.need_loader()
+        await from_store(loader, loader.delete, target)
         return {"name": str(target), "deleted": True}
 
     return router
@@ -77,8 +75,8 @@ async def _publish(service: Service, target: AdapterName, request: Request) -> d
     if service.config.is_base(str(target)):
         raise ConflictError(f"{target}: this name is the base model's")
     data = await _read_body(request, 4 * loader.basis.size + HEADER_ALLOWANCE)
-    previous = await asyncio.to_thread(_current, loader.store, target)
-    loaded = await asyncio.to_thread(loader.publish, target, data)
+    previous = await loader.workers.call(_current, loader.store, target)
+    loaded = await loader.workers.call(loader.publish, target, data)
     return {
         "name": str(target),
         "version": loaded.version,
@@ -115,25 +113,29 @@ def _current(store: AdapterStore, name: AdapterName) -> str | None:
 def _cards(store: AdapterStore) -> list[dict[str, Any]]:
     """All adapters; one that is damaged or just being deleted does not hide the others."""
     cards = []
-    for name in store.names():
-        try:
-            cards.append(_card(store, name))
-        except (NotFoundError, FileFormatError) as error:
-            logger.warning("not listed: %s", error)
+    for entry in list_adapters(store):
+        if entry.problem is None:
+            cards.append(_card(entry))
+        else:
+            logger.warning("not listed: %s", entry.problem)
     return cards
 
 
-def _basis(store: AdapterStore, name: AdapterName, version: str) -> str:
-    """The digest of the basis that the stored file was made for, whichever this server has."""
-    return parse_adapter(store.fetch(name, version), f"adapter {str(name)!r}").basis
+def _described(store: AdapterStore, name: AdapterName) -> dict[str, Any]:
+    """One adapter, with the digest of the basis it was made for, whichever this server has."""
+    entry = describe(store, name)
+    return {**_card(entry), "basis": entry.basis}
 
 
-def _card(store: AdapterStore, name: AdapterName) -> dict[str, Any]:
-    versions = store.versions(name)
-    current = next((v for v in versions if v.current), None)
-    if current is None:
-        raise NotFoundError(f"adapter {str(name)!r}: its current version is not in the store")
-    return {"name": str(name), "versions": len(versions), **_version(current)}
+def _card(entry: CatalogEntry) -> dict[str, Any]:
+    return {
+        "name": str(entry.name),
+        "versions": entry.versions,
+        "version": entry.version,
+        "bytes": entry.nbytes,
+        "modified": entry.modified.isoformat() if entry.modified else None,
+        "current": True,
+    }
 
 
 def _version(version: StoredVersion) -> dict[str, Any]:

@@ -40,6 +40,8 @@ def create_app(engine: Engine, loader: AdapterLoader | None, config: ServerConfi
         finally:
             ready = False
             engine.close()
+            if loader is not None:
+                loader.close()
 
     app = FastAPI(title="lorasb", lifespan=lifespan)
     install_handlers(app)

@@ -1,12 +1,11 @@
 """GET /v1/models: the base model first, then the adapters that the store has."""
 
-import asyncio
 from typing import Any
 
 from fastapi import APIRouter
 
 from lorasb_server.errors import ModelNotFoundError
-from lorasb_server.service import Service
+from lorasb_server.service import Service, from_store
 
 
 def model_routes(service: Service) -> APIRouter:
@@ -27,8 +26,9 @@ def model_routes(service: Service) -> APIRouter:
     @router.get("/v1/models")
     async def list_models() -> dict[str, Any]:
         cards = [card(config.model_name, None)]
-        if service.loader is not None:
-            names = await asyncio.to_thread(service.loader.store.names)
+        loader = service.loader
+        if loader is not None and loader.store.files.listable:
+            names = await from_store(loader, loader.store.names)
             cards += [card(str(n), config.model_name) for n in names if not config.is_base(str(n))]
         return {"object": "list", "data": cards}
 

@@ -1,6 +1,5 @@
 """What every route works with: the engine, the adapters, and who is meant by a model's name."""
 
-import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
@@ -53,17 +52,27 @@ class Service:
         except InputError:
             raise ModelNotFoundError(param, text) from None
         try:
-            return await from_store(self.loader.get, name)
+            return await load_adapter(self.loader, name)
         except NotFoundError:
             raise ModelNotFoundError(param, text) from None
 
 
-async def from_store(read: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
-    """What `read` finds, in a worker thread; a damaged file there is StoreError, not the caller's.
+async def load_adapter(loader: AdapterLoader, name: AdapterName) -> LoadedAdapter:
+    """The adapter's current version; a damaged file in the store is StoreError."""
+    try:
+        return await loader.load(name)
+    except FileFormatError as error:
+        raise StoreError(str(error)) from error
+
+
+async def from_store(
+    loader: AdapterLoader, read: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
+) -> T:
+    """What `read` finds, in a thread of the loader's; a damaged file there is StoreError.
 
     Not for publishing, where the file at fault may be the one that was sent.
     """
     try:
-        return await asyncio.to_thread(read, *args, **kwargs)
+        return await loader.workers.call(read, *args, **kwargs)
     except FileFormatError as error:
         raise StoreError(str(error)) from error

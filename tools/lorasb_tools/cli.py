@@ -7,7 +7,7 @@ import typer
 from typer.exceptions import TyperException
 
 from lorasb_runtime.errors import InputError, LorasbError
-from lorasb_tools import bench, derive, merge, publish, serve, train
+from lorasb_tools import bench, derive, merge, publish, serve, store, train
 
 app = typer.Typer(
     name="lorasb",
@@ -19,7 +19,9 @@ app.command("derive")(derive.derive)
 app.command("train")(train.train)
 app.command("serve")(serve.serve)
 app.command("publish")(publish.publish)
-app.command("adapters")(publish.adapters)
+app.command("adapters")(store.adapters)
+app.command("rollback")(store.rollback)
+app.command("prune")(store.prune)
 app.command("merge")(merge.merge)
 app.add_typer(bench.app, name="bench")
 

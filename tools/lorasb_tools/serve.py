@@ -14,6 +14,7 @@ from lorasb_tools.report import note
 
 if TYPE_CHECKING:
     from lorasb_runtime.adapters.loader import AdapterLoader
+    from lorasb_runtime.adapters.loader_config import LoaderConfig
     from lorasb_runtime.engines.torch.engine import TorchEngine
     from lorasb_runtime.storage.basis_file import Basis
 
@@ -43,6 +44,16 @@ def serve(
     refresh: float = typer.Option(
         1.0, min=0.0, help="Seconds after which a change in the store is seen."
     ),
+    stale: float = typer.Option(
+        300.0, min=0.0, help="Seconds that cached adapters are served while the store fails."
+    ),
+    store_timeout: float = typer.Option(
+        30.0, min=0.1, help="Seconds that a request waits for the store at most."
+    ),
+    disk_cache: Path | None = typer.Option(
+        None, help="Folder that keeps fetched adapters; servers may share it."
+    ),
+    disk_cache_gib: float = typer.Option(4.0, min=0.001, help="Size of --disk-cache."),
     slots: int = typer.Option(1024, min=2, help="Adapters resident on the device, base included."),
     max_model_len: int | None = typer.Option(None, min=2, help="Context length in tokens."),
     max_num_seqs: int = typer.Option(64, min=1, help="Sequences that run at once."),
@@ -54,6 +65,7 @@ def serve(
     device: str = typer.Option("cpu", help="torch device; others than cpu are untested."),
 ) -> None:
     """Serve MODEL with a different adapter for each request, over OpenAI's HTTP API."""
+    from lorasb_runtime.adapters.loader_config import LoaderConfig
     from lorasb_runtime.models.locate import locate_model, model_name
     from lorasb_server.app import create_app
     from lorasb_server.run import run_server
@@ -73,7 +85,14 @@ def serve(
     )
     note(f"lorasb: loading {model}")
     folder = locate_model(model)
-    loader = _open_loader(folder, basis, adapters, refresh)
+    loading = LoaderConfig(
+        refresh=refresh,
+        stale=stale,
+        timeout=store_timeout,
+        disk_cache=disk_cache,
+        disk_cache_bytes=int(disk_cache_gib * (1 << 30)),
+    )
+    loader = _open_loader(folder, basis, adapters, loading)
     name = served_model_name or model_name(model)
     aliases: tuple[str, ...] = () if served_model_name else (model,)
     if merged is not None:
@@ -115,9 +134,10 @@ def _is_loopback(host: str) -> bool:
 
 
 def _open_loader(
-    folder: Path, basis: Path | None, adapters: str | None, refresh: float
+    folder: Path, basis: Path | None, adapters: str | None, config: "LoaderConfig"
 ) -> "AdapterLoader | None":
     from lorasb_runtime.adapters.loader import AdapterLoader
+    from lorasb_runtime.adapters.retry import Retry
     from lorasb_runtime.adapters.store import AdapterStore
     from lorasb_runtime.storage.basis_file import load_basis
     from lorasb_runtime.storage.checkpoint import open_checkpoint
@@ -130,7 +150,7 @@ def _open_loader(
         adapters = MEMORY_STORE
     loaded = load_basis(basis)
     check_model(loaded, open_checkpoint(folder), str(basis))
-    return AdapterLoader(AdapterStore(adapters), loaded, refresh=refresh)
+    return AdapterLoader(AdapterStore(adapters, Retry(config.retry_config())), loaded, config)
 
 
 def _engine(folder: Path, basis: "Basis | None", config: EngineConfig) -> "TorchEngine":

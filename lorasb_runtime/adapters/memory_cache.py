@@ -1,0 +1,42 @@
+"""Scaled cores in host memory by adapter version, least recently used out first."""
+
+import threading
+from collections import OrderedDict
+
+import torch
+
+
+class MemoryCache:
+    """Keeps to `limit` bytes, but for the last one put in. Safe for many threads."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._lock = threading.Lock()
+        self._cores: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self._nbytes = 0
+
+    def __len__(self) -> int:
+        return len(self._cores)
+
+    @property
+    def nbytes(self) -> int:
+        return self._nbytes
+
+    def get(self, version: str) -> torch.Tensor | None:
+        with self._lock:
+            cores = self._cores.get(version)
+            if cores is not None:
+                self._cores.move_to_end(version)
+            return cores
+
+    def put(self, version: str, cores: torch.Tensor) -> torch.Tensor:
+        """Keep a version's cores; returns the ones that are kept."""
+        with self._lock:
+            kept = self._cores.setdefault(version, cores)
+            self._cores.move_to_end(version)
+            if kept is cores:
+                self._nbytes += cores.nbytes
+            while self._nbytes > self._limit and len(self._cores) > 1:
+                _, dropped = self._cores.popitem(last=False)
+                self._nbytes -= dropped.nbytes
+            return kept
