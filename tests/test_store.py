@@ -1,9 +1,5 @@
 """The adapter store and the loader: publishing, versions, swaps, and what a reader may see."""
 
-import os
-import signal
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -140,29 +136,6 @@ def test_readers_see_the_old_version_or_the_new_one(store: AdapterStore, basis: 
     for reader in readers:
         reader.join()
     assert not failures
-
-
-def test_a_killed_publisher_leaves_a_whole_version(tmp_path: Path, basis: Basis) -> None:
-    store = AdapterStore(str(tmp_path / "store"))
-    store.publish(ALICE, adapter(basis, 0))
-    code = (
-        "import sys; from lorasb_runtime.adapters.store import AdapterStore as S;"
-        "from lorasb_runtime.adapters.names import parse_name as p; s = S(sys.argv[1]);"
-        "files = [open(f, 'rb').read() for f in sys.argv[2:]]; print('go', flush=True)\n"
-        "while True:\n for d in files: s.publish(p('alice'), d)"
-    )
-    files = []
-    for i in range(3):
-        files.append(str(tmp_path / f"{i}"))
-        Path(files[-1]).write_bytes(adapter(basis, i))
-    for i in range(5):
-        command = [sys.executable, "-c", code, str(tmp_path / "store"), *files]
-        with subprocess.Popen(command, stdout=subprocess.PIPE, env=dict(os.environ)) as process:
-            assert process.stdout
-            process.stdout.readline()
-            time.sleep(0.011 * (i + 1))
-            process.send_signal(signal.SIGKILL)
-        assert store.fetch(ALICE, store.current(ALICE)) in [adapter(basis, k) for k in range(3)]
 
 
 class Clock:

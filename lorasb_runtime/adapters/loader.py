@@ -72,7 +72,7 @@ class AdapterLoader:
             disk = DiskCache(config.disk_cache, config.disk_cache_bytes)
         self._cores = VersionCores(store, basis, self._memory, disk, self._counters, observe)
         self._current = CurrentVersions(clock, config.refresh, config.stale, config.names)
-        self._lookups: Flights[AdapterName, LoadedAdapter] = Flights()
+        self._lookups: Flights[AdapterName, tuple[LoadedAdapter, bool]] = Flights()
         self._outage = Outage(store.url, clock)
 
     def get(self, name: AdapterName) -> LoadedAdapter:
@@ -86,7 +86,7 @@ class AdapterLoader:
             return ready
         lookup = self._begin(name)
         try:
-            return lookup.result(self._patience(name))
+            return self._counted(*lookup.result(self._patience(name)))
         except TimeoutError:
             return self._late(name)
 
@@ -97,7 +97,7 @@ class AdapterLoader:
             return ready
         lookup = asyncio.shield(asyncio.wrap_future(self._begin(name)))
         try:
-            return await asyncio.wait_for(lookup, self._patience(name))
+            return self._counted(*await asyncio.wait_for(lookup, self._patience(name)))
         except TimeoutError:
             return self._late(name)
 
@@ -155,7 +155,7 @@ class AdapterLoader:
         self._counters.add("hits")
         return LoadedAdapter(name, known.version, cores)
 
-    def _begin(self, name: AdapterName) -> "Future[LoadedAdapter]":
+    def _begin(self, name: AdapterName) -> "Future[tuple[LoadedAdapter, bool]]":
         deadline = self._clock() + self.config.timeout
         return self._lookups.begin(name, lambda: self._look_up(name, deadline), self.workers.fetch)
 
@@ -174,10 +174,17 @@ class AdapterLoader:
                 f"adapter {str(name)!r}: the store {self.store.url} did not answer within "
                 f"{self.config.timeout:g} s"
             )
-        return stale
+        return self._counted(stale, True)
 
-    def _look_up(self, name: AdapterName, deadline: float) -> LoadedAdapter:
-        """In a thread of the loader's own: ask the store, else serve what is on this machine."""
+    def _counted(self, adapter: LoadedAdapter, stale: bool) -> LoadedAdapter:
+        self._counters.add("stale_served", stale)
+        return adapter
+
+    def _look_up(self, name: AdapterName, deadline: float) -> tuple[LoadedAdapter, bool]:
+        """In a thread of the loader's own: ask the store, else serve what is on this machine.
+
+        Gives the adapter, and whether it is one that the store did not confirm.
+        """
         try:
             if self._clock() > deadline:
                 raise StoreError(f"store {self.store.url}: too many others wait for it")
@@ -187,12 +194,12 @@ class AdapterLoader:
             stale = self._stale(name, lambda v: self._cores.cached(name, v), str(error))
             if stale is None:
                 raise
-            return stale
+            return stale, True
         except LorasbError as error:
             self._counters.add("failures", not isinstance(error, NotFoundError))
             raise
         self._outage.end()
-        return loaded
+        return loaded, False
 
     def _stale(
         self, name: AdapterName, find: Callable[[str], torch.Tensor | None], reason: str
@@ -203,7 +210,6 @@ class AdapterLoader:
         cores = find(known.version) if known is not None else None
         if known is None or cores is None:
             return None
-        self._counters.add("stale_served")
         self._outage.begin(reason)
         return LoadedAdapter(name, known.version, cores)
 

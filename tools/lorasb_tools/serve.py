@@ -53,7 +53,9 @@ def serve(
     disk_cache: Path | None = typer.Option(
         None, help="Folder that keeps fetched adapters; servers may share it."
     ),
-    disk_cache_gib: float = typer.Option(4.0, min=0.001, help="Size of --disk-cache."),
+    disk_cache_gib: float | None = typer.Option(
+        None, min=0.001, help="Size of --disk-cache; 4 by default."
+    ),
     slots: int = typer.Option(1024, min=2, help="Adapters resident on the device, base included."),
     max_model_len: int | None = typer.Option(None, min=2, help="Context length in tokens."),
     max_num_seqs: int = typer.Option(64, min=1, help="Sequences that run at once."),
@@ -73,6 +75,8 @@ def serve(
 
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     _check_flags(engine, host, allow_open, basis, adapters, merged)
+    if disk_cache_gib is not None and disk_cache is None:
+        raise InputError("--disk-cache-gib needs --disk-cache, the folder whose size it limits")
     config = EngineConfig(
         dtype=dtype,
         device=device,
@@ -90,7 +94,7 @@ def serve(
         stale=stale,
         timeout=store_timeout,
         disk_cache=disk_cache,
-        disk_cache_bytes=int(disk_cache_gib * (1 << 30)),
+        disk_cache_bytes=int((disk_cache_gib or 4.0) * (1 << 30)),
     )
     loader = _open_loader(folder, basis, adapters, loading)
     name = served_model_name or model_name(model)
