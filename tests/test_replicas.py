@@ -69,15 +69,18 @@ def pair(
     folder = tmp_path_factory.mktemp("replicas")
     flags = ("--basis", basis_file, "--adapters", f"s3://{BUCKET}/store")
     flags += ("--store-timeout", TIMEOUT, "--refresh", REFRESH, "--kv-cache-gib", 0.01)
-    with pytest.MonkeyPatch.context() as patch, s3_service() as service:
-        with faulty_proxy(service) as proxy:
-            for key, value in {**KEYS, "AWS_ENDPOINT_URL": proxy.url}.items():
-                patch.setenv(key, value)
-            with (
-                serving(folder / "a.log", pico, *flags) as a,
-                serving(folder / "b.log", pico, *flags) as b,
-            ):
-                yield Replicas((a, b), proxy, service, basis)
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        s3_service() as service,
+        faulty_proxy(service) as proxy,
+    ):
+        for key, value in {**KEYS, "AWS_ENDPOINT_URL": proxy.url}.items():
+            patch.setenv(key, value)
+        with (
+            serving(folder / "a.log", pico, *flags) as a,
+            serving(folder / "b.log", pico, *flags) as b,
+        ):
+            yield Replicas((a, b), proxy, service, basis)
 
 
 @pytest.fixture
@@ -154,9 +157,7 @@ def test_a_bucket_that_is_gone(replicas: Replicas) -> None:
         for response in (
             replicas.ask(1, "nobody"),
             httpx.get(f"{replicas.urls[0]}/v1/adapters", timeout=30),
-            httpx.put(
-                f"{replicas.urls[0]}/v1/adapters/x", content=replicas.adapter(1), timeout=30
-            ),
+            httpx.put(f"{replicas.urls[0]}/v1/adapters/x", content=replicas.adapter(1), timeout=30),
         ):
             assert response.status_code == 503, response.text
             assert "bucket does not exist" in response.json()["error"]["message"]

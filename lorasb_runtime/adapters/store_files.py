@@ -180,7 +180,9 @@ def _leave_retries_to_us(fs: Any) -> None:
 
 
 def _modified(info: dict[str, Any]) -> datetime | None:
-    value = info.get("mtime") or info.get("LastModified") or info.get("created")
+    """Under the name that the kind of file system has for it."""
+    found = (info.get(key) for key in ("mtime", "LastModified", "last_modified", "created"))
+    value = next((v for v in found if v is not None), None)
     if isinstance(value, datetime):
         return value if value.tzinfo else value.replace(tzinfo=UTC)
     return datetime.fromtimestamp(value, UTC) if isinstance(value, int | float) else None
