@@ -28,6 +28,7 @@ def s3_service() -> Iterator[str]:
         host, port = server.get_host_and_port()
         make_bucket(f"{host}:{port}")
         yield f"{host}:{port}"
+        drop_bucket(f"{host}:{port}")  # all services in one process have the same buckets
     finally:
         server.stop()
 

@@ -29,4 +29,4 @@ class LoaderConfig:
 
     def retry_config(self) -> RetryConfig:
         """For the loader's store: a request may need two calls of it, each of a few attempts."""
-        return RetryConfig(attempt_seconds=self.timeout / 6, overall_seconds=self.timeout / 2)
+        return RetryConfig(attempt_seconds=self.timeout / 3, overall_seconds=self.timeout / 2)
