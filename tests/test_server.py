@@ -464,7 +464,7 @@ def test_the_bare_model_is_served_without_a_basis(
     ("flags", "message"),
     [
         (["--host", "0.0.0.0"], "host: found '0.0.0.0', expected a loopback address"),
-        (["--adapters", "x"], "--adapters needs --basis"),
+        (["--adapters", "x"], "--adapters and --pack need --basis"),
         (["--merged", "x"], "--merged needs --basis"),
         (["--engine", "jax"], "engine: found 'jax'"),
         (["--dtype", "int4"], "dtype: found 'int4'"),

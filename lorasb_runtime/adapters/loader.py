@@ -22,6 +22,7 @@ from lorasb_runtime.adapters.loader_stats import LoaderCounters, LoaderStats
 from lorasb_runtime.adapters.memory_cache import MemoryCache
 from lorasb_runtime.adapters.names import AdapterName
 from lorasb_runtime.adapters.outage import Outage
+from lorasb_runtime.adapters.pack_files import PackFiles
 from lorasb_runtime.adapters.prefetch import prefetch
 from lorasb_runtime.adapters.store import AdapterStore, previous_version
 from lorasb_runtime.adapters.version_cores import VersionCores
@@ -57,8 +58,14 @@ class AdapterLoader:
         *,
         clock: Callable[[], float] = time.monotonic,
         observe: Callable[[float], None] | None = None,
+        pack: PackFiles | None = None,
     ) -> None:
-        """`observe` is told the seconds that each fetch of an adapter file took."""
+        """`observe` is told the seconds of each fetch; what `pack` holds is read from there.
+
+        Raises BasisMismatchError for a pack, given so or as the store, that is of another basis.
+        """
+        if pack is None and isinstance(store.files, PackFiles):
+            pack = store.files
         self.store = store
         self.basis = basis
         self.config = config = config or LoaderConfig()
@@ -70,7 +77,7 @@ class AdapterLoader:
         disk = None
         if config.disk_cache is not None:
             disk = DiskCache(config.disk_cache, config.disk_cache_bytes)
-        self._cores = VersionCores(store, basis, self._memory, disk, self._counters, observe)
+        self._cores = VersionCores(store, basis, self._memory, disk, self._counters, observe, pack)
         self._current = CurrentVersions(clock, config.refresh, config.stale, config.names)
         self._lookups: Flights[AdapterName, tuple[LoadedAdapter, bool]] = Flights()
         self._outage = Outage(store.url, clock)

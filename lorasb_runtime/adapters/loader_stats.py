@@ -24,6 +24,7 @@ class LoaderStats:
     cached_bytes: int = 0
     cached: int = 0
     disk_hits: int = 0
+    pack_hits: int = 0
     stale_served: int = 0
 
 

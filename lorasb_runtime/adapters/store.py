@@ -8,9 +8,11 @@ import re
 from dataclasses import dataclass
 from datetime import datetime
 
+from lorasb_runtime.adapters.file_info import FileInfo
 from lorasb_runtime.adapters.names import AdapterName, parse_name
+from lorasb_runtime.adapters.pack_files import PackFiles, is_pack
 from lorasb_runtime.adapters.retry import Retry
-from lorasb_runtime.adapters.store_files import FileInfo, StoreFiles
+from lorasb_runtime.adapters.store_files import StoreFiles
 from lorasb_runtime.errors import (
     ConflictError,
     DigestError,
@@ -48,8 +50,14 @@ class AdapterStore:
     """
 
     def __init__(self, url: str, retry: Retry | None = None) -> None:
-        """Raises InputError for a URL whose protocol fsspec does not know."""
-        self.files = StoreFiles(url, retry or Retry())
+        """A folder or bucket, or a pack file on this machine, which is only read.
+
+        Raises InputError for a URL whose protocol fsspec does not know, FileFormatError for a
+        file that is no pack.
+        """
+        retry = retry or Retry()
+        self.files: StoreFiles | PackFiles
+        self.files = PackFiles(url, retry) if is_pack(url) else StoreFiles(url, retry)
         self.url = self.files.url
 
     def current(self, name: AdapterName) -> str:

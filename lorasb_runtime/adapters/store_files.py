@@ -7,7 +7,6 @@ import os
 import re
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +15,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from lorasb_runtime.adapters.failures import is_missing, store_error
+from lorasb_runtime.adapters.file_info import FileInfo
 from lorasb_runtime.adapters.readers import find_reader
 from lorasb_runtime.adapters.retry import Retry
 from lorasb_runtime.errors import (
@@ -32,14 +32,6 @@ T = TypeVar("T")
 
 READ_ONLY = ("http", "https", "hf")
 UNLISTABLE = ("http", "https")
-
-
-@dataclass(frozen=True)
-class FileInfo:
-    """`modified` is None where the store does not tell."""
-
-    nbytes: int
-    modified: datetime | None
 
 
 class StoreFiles:

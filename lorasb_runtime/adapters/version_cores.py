@@ -1,5 +1,6 @@
-"""The cores of adapter versions: from host memory, the local disk, or the store, in this order."""
+"""The cores of adapter versions: from host memory, a pack, the local disk, or the store."""
 
+import logging
 import time
 from collections.abc import Callable
 
@@ -10,11 +11,14 @@ from lorasb_runtime.adapters.flights import Flights
 from lorasb_runtime.adapters.loader_stats import LoaderCounters
 from lorasb_runtime.adapters.memory_cache import MemoryCache
 from lorasb_runtime.adapters.names import AdapterName
+from lorasb_runtime.adapters.pack_files import PackFiles
 from lorasb_runtime.adapters.store import AdapterStore
-from lorasb_runtime.errors import InputError
+from lorasb_runtime.errors import BasisMismatchError, InputError
 from lorasb_runtime.ops.core_matmul import scale_core
-from lorasb_runtime.storage.adapter_file import Adapter, parse_adapter
+from lorasb_runtime.storage.adapter_file import Adapter, parse_adapter, version_of
 from lorasb_runtime.storage.basis_file import Basis
+
+logger = logging.getLogger(__name__)
 
 HEADER_ALLOWANCE = 1 << 20  # bytes of an adapter file besides its numbers
 
@@ -30,8 +34,18 @@ class VersionCores:
         disk: DiskCache | None,
         counters: LoaderCounters,
         observe: Callable[[float], None] | None,
+        pack: PackFiles | None = None,
     ) -> None:
-        """`observe` is told the seconds that each fetch from the store took."""
+        """`observe` is told the seconds that each fetch from the store took.
+
+        Raises BasisMismatchError for a pack of another basis.
+        """
+        if pack is not None and pack.basis != basis.digest:
+            raise BasisMismatchError(
+                f"{pack.url}: found a pack for basis {pack.basis}, expected {basis.digest}"
+            )
+        self._pack = pack
+        self._packed = pack.by_version() if pack is not None else {}
         self._store = store
         self._basis = basis
         self._memory = memory
@@ -68,7 +82,7 @@ class VersionCores:
         """The version's cores if they can be had without the store."""
         cores = self._memory.get(version)
         if cores is None:
-            data = self._from_disk(version)
+            data = self._from_pack(version) or self._from_disk(version)
             cores = None if data is None else self._keep(name, version, data)
         return cores
 
@@ -89,10 +103,22 @@ class VersionCores:
             self._counters.add("hits")
             return cores
         self._counters.add("misses")
-        data = self._from_disk(version)
+        data = self._from_pack(version) or self._from_disk(version)
         if data is None:
             data = self._fetch(name, version)
         return self._keep(name, version, data)
+
+    def _from_pack(self, version: str) -> bytes | None:
+        """A version out of the pack; a damaged one is passed over, the store has it too."""
+        index = self._packed.get(version)
+        if self._pack is None or index is None:
+            return None
+        data = self._pack.adapter_bytes(index)
+        if version_of(data) != version:
+            logger.error("%s: version %s is damaged", self._pack.url, version)
+            return None
+        self._counters.add("pack_hits")
+        return data
 
     def _from_disk(self, version: str) -> bytes | None:
         data = self._disk.get(version) if self._disk is not None else None

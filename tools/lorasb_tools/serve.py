@@ -26,6 +26,9 @@ def serve(
     model: str = typer.Argument(help="Hugging Face id or local folder."),
     basis: Path | None = typer.Option(None, help="Basis file that all adapters share."),
     adapters: str | None = typer.Option(None, help="Adapter store: a folder or fsspec URL."),
+    pack: Path | None = typer.Option(
+        None, help="Pack file: read adapters from it where it has the store's version of them."
+    ),
     engine: str = typer.Option("torch", help=f"One of: {', '.join(ENGINES)}."),
     dtype: str | None = typer.Option(
         None, help="bfloat16, float16 or float32; the checkpoint's own by default."
@@ -74,7 +77,7 @@ def serve(
     from lorasb_server.settings import ServerConfig
 
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    _check_flags(engine, host, allow_open, basis, adapters, merged)
+    _check_flags(engine, host, allow_open, basis, adapters or pack, merged)
     if disk_cache_gib is not None and disk_cache is None:
         raise InputError("--disk-cache-gib needs --disk-cache, the folder whose size it limits")
     config = EngineConfig(
@@ -96,7 +99,7 @@ def serve(
         disk_cache=disk_cache,
         disk_cache_bytes=int((disk_cache_gib or 4.0) * (1 << 30)),
     )
-    loader = _open_loader(folder, basis, adapters, loading)
+    loader = _open_loader(folder, basis, adapters, pack, loading)
     name = served_model_name or model_name(model)
     aliases: tuple[str, ...] = () if served_model_name else (model,)
     if merged is not None:
@@ -114,13 +117,13 @@ def _check_flags(
     host: str,
     allow_open: bool,
     basis: Path | None,
-    adapters: str | None,
+    adapters: str | Path | None,
     merged: str | None,
 ) -> None:
     if engine not in ENGINES:
         raise InputError(f"engine: found {engine!r}, expected one of {', '.join(ENGINES)}")
     if adapters is not None and basis is None:
-        raise InputError("--adapters needs --basis: adapters mean nothing without their basis")
+        raise InputError("--adapters and --pack need --basis, without which adapters mean nothing")
     if merged is not None and adapters is None:
         raise InputError("--merged needs --basis and --adapters, where the adapter is")
     if not (allow_open or _is_loopback(host)):
@@ -138,9 +141,14 @@ def _is_loopback(host: str) -> bool:
 
 
 def _open_loader(
-    folder: Path, basis: Path | None, adapters: str | None, config: "LoaderConfig"
+    folder: Path,
+    basis: Path | None,
+    adapters: str | None,
+    pack: Path | None,
+    config: "LoaderConfig",
 ) -> "AdapterLoader | None":
     from lorasb_runtime.adapters.loader import AdapterLoader
+    from lorasb_runtime.adapters.pack_files import PackFiles
     from lorasb_runtime.adapters.retry import Retry
     from lorasb_runtime.adapters.store import AdapterStore
     from lorasb_runtime.storage.basis_file import load_basis
@@ -149,12 +157,19 @@ def _open_loader(
 
     if basis is None:
         return None
-    if adapters is None:
+    if adapters is None and pack is not None:
+        note(f"lorasb: no --adapters; the adapters are those of {pack}, and cannot be changed")
+        adapters, pack = str(pack), None
+    elif adapters is None:
         note("lorasb: no --adapters; adapters put here live in memory and end with the server")
         adapters = MEMORY_STORE
     loaded = load_basis(basis)
     check_model(loaded, open_checkpoint(folder), str(basis))
-    return AdapterLoader(AdapterStore(adapters, Retry(config.retry_config())), loaded, config)
+    retry = Retry(config.retry_config())
+    store = AdapterStore(adapters, retry)
+    return AdapterLoader(
+        store, loaded, config, pack=PackFiles(str(pack), retry) if pack is not None else None
+    )
 
 
 def _engine(folder: Path, basis: "Basis | None", config: EngineConfig) -> "TorchEngine":
