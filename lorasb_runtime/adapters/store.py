@@ -105,10 +105,13 @@ class AdapterStore:
         except Exception as error:
             raise self._failure(folder, error) from error
 
-    def names(self) -> list[AdapterName]:
-        """Every adapter that has a current version, sorted; other files are passed over."""
+    def names(self, namespace: str | None = None) -> list[AdapterName]:
+        """Every adapter (of one namespace) that has a current version, sorted.
+
+        Other files are passed over.
+        """
         found = []
-        for path in self._find(self._root):
+        for path in self._find(f"{self._root}/{namespace}" if namespace else self._root):
             parts = path.removeprefix(self._root).strip("/").split("/")
             if len(parts) == 3 and parts[-1] == CURRENT:
                 try:

@@ -10,8 +10,11 @@ from pathlib import Path
 from lorasb_runtime.errors import ConflictError
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Replace `path` by `data` in one step that survives a crash (write aside, fsync, rename)."""
+def write_bytes(path: Path, data: bytes, mode: int | None = None) -> None:
+    """Replace `path` by `data` in one step that survives a crash (write aside, fsync, rename).
+
+    mode: the file's permissions; by default what the umask leaves.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     fd, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
@@ -19,7 +22,7 @@ def write_bytes(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(aside, 0o666 & ~_umask())
+        os.chmod(aside, 0o666 & ~_umask() if mode is None else mode)
         os.replace(aside, path)
     except BaseException:
         Path(aside).unlink(missing_ok=True)

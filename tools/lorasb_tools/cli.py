@@ -7,7 +7,7 @@ import typer
 from typer.exceptions import TyperException
 
 from lorasb_runtime.errors import InputError, LorasbError
-from lorasb_tools import bench, derive, merge, publish, serve, train
+from lorasb_tools import bench, derive, keys, merge, publish, serve, train
 
 app = typer.Typer(
     name="lorasb",
@@ -22,6 +22,7 @@ app.command("publish")(publish.publish)
 app.command("adapters")(publish.adapters)
 app.command("merge")(merge.merge)
 app.add_typer(bench.app, name="bench")
+app.add_typer(keys.app, name="keys")
 
 
 def main() -> None:
