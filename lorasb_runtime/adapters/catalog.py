@@ -32,12 +32,13 @@ class CatalogEntry:
     problem: str | None = None
 
 
-def list_adapters(store: AdapterStore) -> list[CatalogEntry]:
-    """Every adapter with a `current` file, sorted; a damaged one has a problem and hides no other.
+def list_adapters(store: AdapterStore, namespace: str | None = None) -> list[CatalogEntry]:
+    """Every adapter (of one namespace) with a `current` file, sorted.
 
-    Two small reads for each adapter, many at once. Raises StoreError when the store fails.
+    A damaged one has a problem and hides no other. Two small reads for each adapter, many at once.
+    Raises StoreError when the store fails.
     """
-    listing = {name: files for name, files in store.listing().items() if CURRENT in files}
+    listing = {name: files for name, files in store.listing(namespace).items() if CURRENT in files}
     with ThreadPoolExecutor(READS) as pool:
         entries = list(pool.map(lambda item: _entry(store, *item), listing.items()))
     return [entry for entry in entries if entry is not None]

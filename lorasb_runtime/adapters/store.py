@@ -132,14 +132,18 @@ class AdapterStore:
             return False
         return True
 
-    def names(self) -> list[AdapterName]:
-        """Every adapter that has a current version, sorted; other files are passed over."""
-        return [name for name, files in self.listing().items() if CURRENT in files]
+    def names(self, namespace: str | None = None) -> list[AdapterName]:
+        """Every adapter (of one namespace) that has a current version, sorted.
 
-    def listing(self) -> dict[AdapterName, dict[str, FileInfo]]:
+        Other files are passed over.
+        """
+        return [name for name, files in self.listing(namespace).items() if CURRENT in files]
+
+    def listing(self, namespace: str | None = None) -> dict[AdapterName, dict[str, FileInfo]]:
         """The files of every adapter's folder by their names, sorted by adapter; one listing."""
         found: dict[AdapterName, dict[str, FileInfo]] = {}
-        for path, info in self.files.find(self.files.root).items():
+        folder = f"{self.files.root}/{namespace}" if namespace else self.files.root
+        for path, info in self.files.find(folder).items():
             parts = path.removeprefix(self.files.root).strip("/").split("/")
             if len(parts) != 3:
                 continue

@@ -11,14 +11,17 @@ from typing import BinaryIO
 from lorasb_runtime.errors import ConflictError
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Replace `path` by `data` in one step that survives a crash (write aside, fsync, rename)."""
-    with new_file(path) as file:
+def write_bytes(path: Path, data: bytes, mode: int | None = None) -> None:
+    """Replace `path` by `data` in one step that survives a crash (write aside, fsync, rename).
+
+    mode: the file's permissions; by default what the umask leaves.
+    """
+    with new_file(path, mode) as file:
         file.write(data)
 
 
 @contextmanager
-def new_file(path: Path) -> Iterator[BinaryIO]:
+def new_file(path: Path, mode: int | None = None) -> Iterator[BinaryIO]:
     """Yield a file that takes the place of `path` in one step when the block ends well."""
     path.parent.mkdir(parents=True, exist_ok=True)
     fd, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
@@ -27,7 +30,7 @@ def new_file(path: Path) -> Iterator[BinaryIO]:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(aside, 0o666 & ~_umask())
+        os.chmod(aside, 0o666 & ~_umask() if mode is None else mode)
         os.replace(aside, path)
     except BaseException:
         Path(aside).unlink(missing_ok=True)

@@ -1,12 +1,16 @@
 """/v1/adapters: list, look at, publish, delete and roll back adapters."""
 
 import logging
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, Request
 
-from lorasb_runtime.adapters.catalog import CatalogEntry, describe, list_adapters
-from lorasb_runtime.adapters.names import AdapterName, parse_name
+from lorasb_runtime.adapters import catalog
+from lorasb_runtime.adapters.catalog import CatalogEntry
+from lorasb_runtime.adapters.names import AdapterName
 from lorasb_runtime.adapters.store import AdapterStore, StoredVersion
 from lorasb_runtime.errors import (
     ConflictError,
@@ -14,8 +18,12 @@ from lorasb_runtime.errors import (
     NotFoundError,
     TooLargeError,
 )
+from lorasb_server.auth import AnyCaller, Publisher
 from lorasb_server.schemas.sampling import Strict
 from lorasb_server.service import Service, from_store
+from lorasb_server.tenants.caller import Caller
+from lorasb_server.tenants.errors import AdapterNotFoundError
+from lorasb_server.tenants.meter import check_adapters
 
 logger = logging.getLogger(__name__)
 
@@ -32,58 +40,105 @@ def adapter_routes(service: Service) -> APIRouter:
     router = APIRouter(prefix="/v1/adapters")
 
     @router.get("")
-    async def list_adapters() -> dict[str, Any]:
+    async def list_adapters(caller: AnyCaller) -> dict[str, Any]:
         loader = service.need_loader()
-        data = await from_store(loader, _cards, loader.store)
+        read = partial(catalog.list_adapters, loader.store)
+        data = _cards(caller, await service.list_for(caller, read))
         return {"object": "list", "basis": loader.basis.digest, "data": data}
 
     @router.get("/{name:path}/versions")
-    async def list_versions(name: str) -> dict[str, Any]:
+    async def list_versions(name: str, caller: AnyCaller) -> dict[str, Any]:
         loader = service.need_loader()
-        versions = await from_store(loader, loader.store.versions, parse_name(name))
+        with _as_missing(name):
+            versions = await from_store(loader, loader.store.versions, caller.readable(name))
         return {"object": "list", "data": [_version(v) for v in versions]}
 
     @router.post("/{name:path}/rollback")
-    async def roll_back(name: str, body: RollbackRequest | None = None) -> dict[str, Any]:
+    async def roll_back(
+        name: str, caller: Publisher, body: RollbackRequest | None = None
+    ) -> dict[str, Any]:
         loader = service.need_loader()
-        version = body.version if body else None
-        loaded = await from_store(loader, loader.rollback, parse_name(name), version)
-        return {"name": str(loaded.name), "version": loaded.version}
+        target = caller.writable(name)
+        await loader.workers.call(_need, loader.store, target, name)
+        loaded = await from_store(loader, loader.rollback, target, body.version if body else None)
+        return {"name": caller.shown(loaded.name), "version": loaded.version}
 
     @router.get("/{name:path}")
-    async def get_adapter(name: str) -> dict[str, Any]:
+    async def get_adapter(name: str, caller: AnyCaller) -> dict[str, Any]:
         loader = service.need_loader()
-        return await from_store(loader, _described, loader.store, parse_name(name))
+        target = caller.readable(name)
+        with _as_missing(name):
+            entry = await from_store(loader, catalog.describe, loader.store, target)
+        return {**_card(caller, entry), "basis": entry.basis}
 
     @router.put("/{name:path}")
-    async def put_adapter(name: str, request: Request) -> dict[str, Any]:
-        return await _publish(service, parse_name(name), request)
+    async def put_adapter(name: str, request: Request, caller: Publisher) -> dict[str, Any]:
+        service.need_loader()
+        return await _publish(service, caller, caller.writable(name), request)
 
     @router.delete("/{name:path}")
-    async def delete_adapter(name: str) -> dict[str, Any]:
-        target = parse_name(name)
+    async def delete_adapter(name: str, caller: Publisher) -> dict[str, Any]:
         loader = service.need_loader()
-        await from_store(loader, loader.delete, target)
-        return {"name": str(target), "deleted": True}
+        target = caller.writable(name)
+        with _as_missing(name):
+            await from_store(loader, loader.delete, target)
+        return {"name": caller.shown(target), "deleted": True}
 
     return router
 
 
-async def _publish(service: Service, target: AdapterName, request: Request) -> dict[str, Any]:
+async def _publish(
+    service: Service, caller: Caller, target: AdapterName, request: Request
+) -> dict[str, Any]:
     """Store the request's body as the adapter's current version."""
     loader = service.need_loader()
-    if service.config.is_base(str(target)):
-        raise ConflictError(f"{target}: this name is the base model's")
+    shown = caller.shown(target)
+    if service.config.is_base(str(target)) or service.config.is_base(shown):
+        raise ConflictError(f"{shown}: this name is the base model's")
     data = await _read_body(request, 4 * loader.basis.size + HEADER_ALLOWANCE)
-    previous = await loader.workers.call(_current, loader.store, target)
-    loaded = await loader.workers.call(loader.publish, target, data)
+    async with _room(service, caller, target):
+        previous = await loader.workers.call(_current, loader.store, target)
+        loaded = await loader.workers.call(loader.publish, target, data)
     return {
-        "name": str(target),
+        "name": shown,
         "version": loaded.version,
         "previous": previous,
         "basis": loader.basis.digest,
         "bytes": len(data),
     }
+
+
+@asynccontextmanager
+async def _room(service: Service, caller: Caller, target: AdapterName) -> AsyncIterator[None]:
+    """Room for one more name in the caller's own namespace, kept until the block has ended."""
+    if caller.quota.adapters is None or target.namespace != caller.tenant:
+        yield
+        return
+    async with service.meter.publishing(caller.tenant):
+        loader = service.need_loader()
+        names = await from_store(loader, loader.store.names, target.namespace)
+        if target not in names:
+            check_adapters(len(names), caller.quota)
+        yield
+
+
+@contextmanager
+def _as_missing(text: str) -> Iterator[None]:
+    """A missing adapter is answered for exactly as one that the caller may not see."""
+    try:
+        yield
+    except NotFoundError:
+        raise AdapterNotFoundError(text) from None
+
+
+def _need(store: AdapterStore, name: AdapterName, text: str) -> None:
+    """Raises AdapterNotFoundError where the store has no such adapter; a damaged one is one."""
+    try:
+        store.current(name)
+    except NotFoundError:
+        raise AdapterNotFoundError(text) from None
+    except FileFormatError as error:
+        logger.warning("%s", error)
 
 
 async def _read_body(request: Request, limit: int) -> bytes:
@@ -110,26 +165,20 @@ def _current(store: AdapterStore, name: AdapterName) -> str | None:
         return None
 
 
-def _cards(store: AdapterStore) -> list[dict[str, Any]]:
-    """All adapters; one that is damaged or just being deleted does not hide the others."""
+def _cards(caller: Caller, entries: list[CatalogEntry]) -> list[dict[str, Any]]:
+    """One that is damaged or just being deleted does not hide the others."""
     cards = []
-    for entry in list_adapters(store):
+    for entry in entries:
         if entry.problem is None:
-            cards.append(_card(entry))
+            cards.append(_card(caller, entry))
         else:
             logger.warning("not listed: %s", entry.problem)
     return cards
 
 
-def _described(store: AdapterStore, name: AdapterName) -> dict[str, Any]:
-    """One adapter, with the digest of the basis it was made for, whichever this server has."""
-    entry = describe(store, name)
-    return {**_card(entry), "basis": entry.basis}
-
-
-def _card(entry: CatalogEntry) -> dict[str, Any]:
+def _card(caller: Caller, entry: CatalogEntry) -> dict[str, Any]:
     return {
-        "name": str(entry.name),
+        "name": caller.shown(entry.name),
         "versions": entry.versions,
         "version": entry.version,
         "bytes": entry.nbytes,

@@ -1,7 +1,7 @@
 """The FastAPI application, put together from its routes."""
 
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
@@ -9,6 +9,7 @@ from fastapi.responses import JSONResponse, Response
 from lorasb_runtime.adapters.loader import AdapterLoader
 from lorasb_runtime.engines.base import Engine
 from lorasb_server.adapters import adapter_routes
+from lorasb_server.auth import Admin, Auth
 from lorasb_server.chat import chat_routes
 from lorasb_server.completions import completion_routes
 from lorasb_server.errors import install_handlers
@@ -17,17 +18,24 @@ from lorasb_server.metrics import Metrics
 from lorasb_server.models import model_routes
 from lorasb_server.service import Service
 from lorasb_server.settings import ServerConfig
+from lorasb_server.tenants.key_ring import KeyRing
+from lorasb_server.tenants.meter import Meter
 from lorasb_server.tokens import token_routes
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
-def create_app(engine: Engine, loader: AdapterLoader | None, config: ServerConfig) -> FastAPI:
+def create_app(
+    engine: Engine,
+    loader: AdapterLoader | None,
+    config: ServerConfig,
+    keys: KeyRing | None = None,
+) -> FastAPI:
     """The application; its lifespan starts and closes the engine.
 
-    `loader` is None for a server without a basis.
+    `loader` is None for a server without a basis. Without `keys` everyone is admin.
     """
-    service = Service(engine, loader, config, Metrics(engine))
+    service = Service(engine, loader, config, Metrics(engine), Meter())
     ready = False
 
     @asynccontextmanager
@@ -36,7 +44,8 @@ def create_app(engine: Engine, loader: AdapterLoader | None, config: ServerConfi
         engine.start()
         ready = True
         try:
-            yield
+            async with keys.watched() if keys else nullcontext():
+                yield
         finally:
             ready = False
             engine.close()
@@ -46,6 +55,7 @@ def create_app(engine: Engine, loader: AdapterLoader | None, config: ServerConfi
     app = FastAPI(title="lorasb", lifespan=lifespan)
     install_handlers(app)
     app.add_middleware(SizeLimit, max_bytes=config.max_request_bytes)
+    app.add_middleware(Auth, keys=keys, meter=service.meter)
     app.add_middleware(RequestLog, metrics=service.metrics)
     for routes in (chat_routes, completion_routes, model_routes, adapter_routes, token_routes):
         app.include_router(routes(service))
@@ -60,7 +70,7 @@ def create_app(engine: Engine, loader: AdapterLoader | None, config: ServerConfi
         return JSONResponse(body, 200 if ready else 503)
 
     @app.get("/metrics")
-    async def metrics() -> Response:
+    async def metrics(_: Admin) -> Response:
         return Response(service.metrics.render(), media_type=METRICS_TYPE)
 
     return app

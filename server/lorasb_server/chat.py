@@ -10,18 +10,20 @@ from fastapi.responses import JSONResponse, Response
 
 from lorasb_runtime.engines.base import TokenLogprob
 from lorasb_runtime.models.text import TextCodec
+from lorasb_server.auth import AnyCaller
 from lorasb_server.generate import Choice, Generation, check_limits, finite, unless_gone
 from lorasb_server.schemas.chat import ChatRequest
 from lorasb_server.service import Service
 from lorasb_server.sse import event_stream
+from lorasb_server.tenants.caller import Caller
 
 
 def chat_routes(service: Service) -> APIRouter:
     router = APIRouter()
 
     @router.post("/v1/chat/completions")
-    async def chat_completions(body: ChatRequest, request: Request) -> Response:
-        generation = await _prepare(service, body)
+    async def chat_completions(body: ChatRequest, request: Request, caller: AnyCaller) -> Response:
+        generation = await _prepare(service, caller, body)
         if body.stream:
             payloads = _stream(body, generation)
             return await unless_gone(request, event_stream(payloads))
@@ -31,16 +33,16 @@ def chat_routes(service: Service) -> APIRouter:
     return router
 
 
-async def _prepare(service: Service, body: ChatRequest) -> Generation:
+async def _prepare(service: Service, caller: Caller, body: ChatRequest) -> Generation:
     _ = body.wants_usage
     params = body.parameters()
-    adapter = await service.resolve(body.model, body.adapter)
+    adapter = await service.resolve(caller, body.model, body.adapter)
     codec = service.engine.codec
     prompt = await asyncio.to_thread(codec.encode_chat, body.template_input())
     n = body.n or 1
     length_param = body.limit_field or "messages"
     check_limits(service, [prompt], params, n, asked=params.max_tokens, length_param=length_param)
-    return Generation(service, [prompt], params, adapter, n)
+    return Generation(service, caller, [prompt], params, adapter, n)
 
 
 def _whole(body: ChatRequest, generation: Generation, choices: list[Choice]) -> dict[str, Any]:

@@ -10,18 +10,20 @@ from fastapi.responses import JSONResponse, Response
 
 from lorasb_runtime.engines.base import TokenLogprob
 from lorasb_runtime.models.text import TextCodec
+from lorasb_server.auth import AnyCaller
 from lorasb_server.generate import Choice, Generation, check_limits, finite, unless_gone
 from lorasb_server.schemas.completions import CompletionRequest
 from lorasb_server.service import Service
 from lorasb_server.sse import event_stream
+from lorasb_server.tenants.caller import Caller
 
 
 def completion_routes(service: Service) -> APIRouter:
     router = APIRouter()
 
     @router.post("/v1/completions")
-    async def completions(body: CompletionRequest, request: Request) -> Response:
-        generation = await _prepare(service, body)
+    async def completions(body: CompletionRequest, request: Request, caller: AnyCaller) -> Response:
+        generation = await _prepare(service, caller, body)
         if body.stream:
             payloads = _stream(body, generation)
             return await unless_gone(request, event_stream(payloads))
@@ -31,10 +33,10 @@ def completion_routes(service: Service) -> APIRouter:
     return router
 
 
-async def _prepare(service: Service, body: CompletionRequest) -> Generation:
+async def _prepare(service: Service, caller: Caller, body: CompletionRequest) -> Generation:
     _ = body.wants_usage
     params = body.parameters()
-    adapter = await service.resolve(body.model, body.adapter)
+    adapter = await service.resolve(caller, body.model, body.adapter)
     encode = service.engine.codec.encode
 
     def tokens() -> list[list[int]]:
@@ -43,7 +45,7 @@ async def _prepare(service: Service, body: CompletionRequest) -> Generation:
     prompts = await asyncio.to_thread(tokens)
     n = body.n or 1
     check_limits(service, prompts, params, n, asked=body.max_tokens, length_param="max_tokens")
-    return Generation(service, prompts, params, adapter, n)
+    return Generation(service, caller, prompts, params, adapter, n)
 
 
 def _whole(

@@ -18,12 +18,15 @@ from lorasb_runtime.errors import (
     StoreError,
     TooLargeError,
 )
+from lorasb_server.tenants.errors import ForbiddenError, InvalidKeyError
 
 logger = logging.getLogger(__name__)
 
 # Most special first.
 STATUS: tuple[tuple[type[LorasbError], int], ...] = (
     (BasisMismatchError, 422),
+    (InvalidKeyError, 401),
+    (ForbiddenError, 403),
     (NotFoundError, 404),
     (TooLargeError, 413),
     (ConflictError, 409),
@@ -75,6 +78,17 @@ def error_body(error: LorasbError) -> dict[str, Any]:
     return _body(status_of(error), str(error), param, code)
 
 
+def error_response(error: LorasbError) -> JSONResponse:
+    """The whole answer for one of our errors."""
+    status = status_of(error)
+    headers = {}
+    if status == 429:
+        headers["Retry-After"] = str(getattr(error, "retry_after", RETRY_SECONDS))
+    if status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
+    return JSONResponse(error_body(error), status, headers)
+
+
 def internal_body() -> dict[str, Any]:
     return _body(500, "internal error", None, None)
 
@@ -84,11 +98,9 @@ def install_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(LorasbError)
     async def ours(request: Request, error: LorasbError) -> JSONResponse:
-        status = status_of(error)
-        if status >= 500:
+        if status_of(error) >= 500:
             logger.error("%s %s: %s", request.method, request.url.path, error)
-        headers = {"Retry-After": str(RETRY_SECONDS)} if status == 429 else None
-        return JSONResponse(error_body(error), status, headers)
+        return error_response(error)
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> JSONResponse:

@@ -14,6 +14,7 @@ from lorasb_runtime.adapters.loader import LoadedAdapter
 from lorasb_runtime.engines.base import Chunk, GenerationRequest, SamplingParams, TokenLogprob
 from lorasb_server.errors import FieldError
 from lorasb_server.service import Service
+from lorasb_server.tenants.caller import Caller
 
 T = TypeVar("T")
 
@@ -30,6 +31,7 @@ class Generation:
     """
 
     service: Service
+    caller: Caller
     prompts: list[list[int]]
     sampling: SamplingParams
     adapter: LoadedAdapter | None
@@ -53,9 +55,14 @@ class Generation:
         }
 
     async def chunks(self) -> AsyncGenerator[tuple[int, Chunk], None]:
-        """(choice index, chunk) of all prompts as they come; closing it ends all of them."""
+        """(choice index, chunk) of all prompts as they come; closing it ends all of them.
+
+        Raises QuotaError before the first where the tenant has no tokens left for today.
+        """
         started = time.monotonic()
-        metrics = self.service.metrics
+        metrics, meter, tenant = self.service.metrics, self.service.meter, self.caller.tenant
+        meter.check_tokens(tenant, self.caller.quota)
+        meter.spend(tenant, self.prompt_tokens)
         metrics.prompt_tokens.inc(self.prompt_tokens)
         waiting = True
         async with contextlib.aclosing(_interleave(self._streams())) as stream:
@@ -64,6 +71,7 @@ class Generation:
                     metrics.first_token.observe(time.monotonic() - started)
                     waiting = False
                 self.completion_tokens += len(chunk.tokens)
+                meter.spend(tenant, len(chunk.tokens))
                 self.cached_tokens += chunk.cached_tokens
                 if chunk.prompt_logprobs:
                     self.prompt_logprobs[prompt] = chunk.prompt_logprobs
@@ -103,7 +111,12 @@ class Generation:
         return [
             self.service.engine.generate(
                 GenerationRequest(
-                    f"{self.id}-{i}", tuple(prompt), self.sampling, self.adapter, self.n
+                    f"{self.id}-{i}",
+                    tuple(prompt),
+                    self.sampling,
+                    self.adapter,
+                    self.n,
+                    self.caller.tenant,
                 )
             )
             for i, prompt in enumerate(self.prompts)

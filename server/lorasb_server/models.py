@@ -4,8 +4,9 @@ from typing import Any
 
 from fastapi import APIRouter
 
+from lorasb_server.auth import AnyCaller
 from lorasb_server.errors import ModelNotFoundError
-from lorasb_server.service import Service, from_store
+from lorasb_server.service import Service
 
 
 def model_routes(service: Service) -> APIRouter:
@@ -24,21 +25,20 @@ def model_routes(service: Service) -> APIRouter:
         }
 
     @router.get("/v1/models")
-    async def list_models() -> dict[str, Any]:
+    async def list_models(caller: AnyCaller) -> dict[str, Any]:
         cards = [card(config.model_name, None)]
-        loader = service.loader
-        if loader is not None and loader.store.files.listable:
-            names = await from_store(loader, loader.store.names)
-            cards += [card(str(n), config.model_name) for n in names if not config.is_base(str(n))]
+        if service.loader is not None:
+            names = [caller.shown(name) for name in await service.names(caller)]
+            cards += [card(name, config.model_name) for name in names if not config.is_base(name)]
         return {"object": "list", "data": cards}
 
     @router.get("/v1/models/{name:path}")
-    async def get_model(name: str) -> dict[str, Any]:
+    async def get_model(name: str, caller: AnyCaller) -> dict[str, Any]:
         if config.is_base(name):
             return card(config.model_name, None)
-        adapter = await service.resolve(name, None)
+        adapter = await service.resolve(caller, name, None)
         if adapter is None:
             raise ModelNotFoundError("model", name)
-        return card(str(adapter.name), config.model_name)
+        return card(caller.shown(adapter.name), config.model_name)
 
     return router

@@ -5,12 +5,14 @@ from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
 from lorasb_runtime.adapters.loader import AdapterLoader, LoadedAdapter
-from lorasb_runtime.adapters.names import AdapterName, parse_name
+from lorasb_runtime.adapters.names import AdapterName
 from lorasb_runtime.engines.base import Engine
 from lorasb_runtime.errors import FileFormatError, InputError, NotFoundError, StoreError
 from lorasb_server.errors import FieldError, ModelNotFoundError
 from lorasb_server.metrics import Metrics
 from lorasb_server.settings import ServerConfig
+from lorasb_server.tenants.caller import Caller
+from lorasb_server.tenants.meter import Meter
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -24,31 +26,50 @@ class Service:
     loader: AdapterLoader | None
     config: ServerConfig
     metrics: Metrics
+    meter: Meter
 
-    async def resolve(self, model: str, adapter: str | None) -> LoadedAdapter | None:
-        """The adapter that a request means, None for the base model.
+    async def resolve(
+        self, caller: Caller, model: str, adapter: str | None
+    ) -> LoadedAdapter | None:
+        """The adapter that a request of this caller means, None for the base model.
 
         Raises ModelNotFoundError for a name that nothing answers to, FieldError when both fields
         name an adapter, StoreError when the store fails or holds a damaged file.
         """
         if self.config.is_base(model):
-            return None if adapter is None else await self._load("adapter", adapter)
+            return None if adapter is None else await self._load(caller, "adapter", adapter)
         if adapter is not None:
             raise FieldError(
                 "adapter", "adapter: the model field names an adapter already; give one of them"
             )
-        return await self._load("model", model)
+        return await self._load(caller, "model", model)
 
     def need_loader(self) -> AdapterLoader:
         if self.loader is None:
             raise NotFoundError("this server has no basis, so it has no adapters")
         return self.loader
 
-    async def _load(self, param: str, text: str) -> LoadedAdapter:
+    async def names(self, caller: Caller) -> list[AdapterName]:
+        """The adapters that the store has for this caller; none where it cannot be listed."""
+        store = self.need_loader().store
+        return await self.list_for(caller, store.names) if store.files.listable else []
+
+    async def list_for(self, caller: Caller, read: Callable[[str | None], list[T]]) -> list[T]:
+        """What `read` lists of each namespace that the caller may read; others are not looked at.
+
+        `read` is given None for all of them.
+        """
+        loader = self.need_loader()
+        if caller.namespaces is None:
+            return await from_store(loader, read, None)
+        found = [await from_store(loader, read, namespace) for namespace in caller.namespaces]
+        return [item for items in found for item in items]
+
+    async def _load(self, caller: Caller, param: str, text: str) -> LoadedAdapter:
         if self.loader is None:
             raise ModelNotFoundError(param, text)
         try:
-            name: AdapterName = parse_name(text)
+            name: AdapterName = caller.readable(text)
         except InputError:
             raise ModelNotFoundError(param, text) from None
         try:

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter
 from pydantic import Field
 
+from lorasb_server.auth import AnyCaller
 from lorasb_server.errors import FieldError
 from lorasb_server.schemas.chat import Message
 from lorasb_server.schemas.sampling import Strict, Text, TokenId
@@ -33,9 +34,9 @@ def token_routes(service: Service) -> APIRouter:
     info = service.engine.info
 
     @router.post("/tokenize")
-    async def tokenize(body: TokenizeRequest) -> dict[str, Any]:
+    async def tokenize(body: TokenizeRequest, caller: AnyCaller) -> dict[str, Any]:
         if body.model is not None:
-            await service.resolve(body.model, None)
+            await service.resolve(caller, body.model, None)
         if (body.prompt is None) == (body.messages is None):
             raise FieldError("prompt", "prompt: expected exactly one of prompt and messages")
         if body.messages is not None:
@@ -58,9 +59,9 @@ def token_routes(service: Service) -> APIRouter:
         return {"count": len(tokens), "max_model_len": info.max_model_len, "tokens": tokens}
 
     @router.post("/detokenize")
-    async def detokenize(body: DetokenizeRequest) -> dict[str, Any]:
+    async def detokenize(body: DetokenizeRequest, caller: AnyCaller) -> dict[str, Any]:
         if body.model is not None:
-            await service.resolve(body.model, None)
+            await service.resolve(caller, body.model, None)
         if body.tokens and max(body.tokens) >= info.vocab_size:
             raise FieldError("tokens", f"tokens: found {max(body.tokens)}, over the vocabulary")
         text = await asyncio.to_thread(codec.decode, body.tokens, skip_special_tokens=False)

@@ -38,6 +38,9 @@ def serve(
     allow_open: bool = typer.Option(
         False, help="Listen beyond loopback although anyone who reaches the port may do anything."
     ),
+    api_keys: Path | None = typer.Option(
+        None, help="Keys file (lorasb keys create): who may use the server, and for what."
+    ),
     merged: str | None = typer.Option(
         None, help="Fold this adapter into the weights at start and serve that model alone."
     ),
@@ -75,11 +78,14 @@ def serve(
     from lorasb_server.app import create_app
     from lorasb_server.run import run_server
     from lorasb_server.settings import ServerConfig
+    from lorasb_server.tenants.key_ring import KeyRing
 
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
-    _check_flags(engine, host, allow_open, basis, adapters or pack, merged)
+    _check_flags(engine, basis, adapters or pack, merged)
+    _check_openness(host, allow_open, api_keys)
     if disk_cache_gib is not None and disk_cache is None:
         raise InputError("--disk-cache-gib needs --disk-cache, the folder whose size it limits")
+    keys = None if api_keys is None else KeyRing(api_keys)
     config = EngineConfig(
         dtype=dtype,
         device=device,
@@ -109,16 +115,11 @@ def serve(
     else:
         built = _engine(folder, loader.basis if loader else None, config)
     settings = ServerConfig(model_name=name, model_aliases=aliases, created=int(time.time()))
-    run_server(create_app(built, loader, settings), host, port)
+    run_server(create_app(built, loader, settings, keys), host, port)
 
 
 def _check_flags(
-    engine: str,
-    host: str,
-    allow_open: bool,
-    basis: Path | None,
-    adapters: str | Path | None,
-    merged: str | None,
+    engine: str, basis: Path | None, adapters: str | Path | None, merged: str | None
 ) -> None:
     if engine not in ENGINES:
         raise InputError(f"engine: found {engine!r}, expected one of {', '.join(ENGINES)}")
@@ -126,10 +127,15 @@ def _check_flags(
         raise InputError("--adapters and --pack need --basis, without which adapters mean nothing")
     if merged is not None and adapters is None:
         raise InputError("--merged needs --basis and --adapters, where the adapter is")
-    if not (allow_open or _is_loopback(host)):
+
+
+def _check_openness(host: str, allow_open: bool, api_keys: Path | None) -> None:
+    if allow_open and api_keys is not None:
+        raise InputError("--allow-open: not with --api-keys, which says who may do what")
+    if not (allow_open or api_keys is not None or _is_loopback(host)):
         raise InputError(
             f"host: found {host!r}, expected a loopback address; anyone who reaches the port "
-            "could use and change every adapter (--allow-open if that is meant)"
+            "could use and change every adapter (--api-keys FILE, or --allow-open if that is meant)"
         )
 
 
