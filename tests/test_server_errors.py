@@ -65,8 +65,13 @@ BOTH: list[tuple[dict[str, Any], str, str]] = [
     ({"stop_token_ids": ["1"]}, "stop_token_ids.0", "valid integer"),
     ({"stream": "yes"}, "stream", "valid boolean"),
     ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x", "not supported"),
-    ({"adapter": [{"name": "a", "weight": 1}]}, "adapter", "a blend is not supported yet"),
-    ({"adapter": {"inline": "x"}}, "adapter", "an inline adapter is not supported yet"),
+    ({"adapter": []}, "adapter", "at least 1"),
+    ({"adapter": [{"name": "a", "weight": "1"}]}, "adapter.0.weight", "valid number"),
+    ({"adapter": [{"name": "a", "weight": 101}]}, "adapter.0.weight", "less than or equal"),
+    ({"adapter": [{"name": "a"}]}, "adapter.0.weight", "required"),
+    ({"adapter": {"inline": "!"}}, "adapter.inline", "no base64"),
+    ({"adapter": {"inline": "AAAA"}}, "adapter.inline", "do not parse"),
+    ({"adapter": 5}, "adapter", "a name, a list of names with weights"),
     ({"model": None}, "model", "valid string"),
 ]
 

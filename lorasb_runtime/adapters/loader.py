@@ -57,10 +57,9 @@ class AdapterLoader:
         config: LoaderConfig | None = None,
         *,
         clock: Callable[[], float] = time.monotonic,
-        observe: Callable[[float], None] | None = None,
         pack: PackFiles | None = None,
     ) -> None:
-        """`observe` is told the seconds of each fetch; what `pack` holds is read from there.
+        """What `pack` holds is read from there.
 
         Raises BasisMismatchError for a pack, given so or as the store, that is of another basis.
         """
@@ -77,7 +76,7 @@ class AdapterLoader:
         disk = None
         if config.disk_cache is not None:
             disk = DiskCache(config.disk_cache, config.disk_cache_bytes)
-        self._cores = VersionCores(store, basis, self._memory, disk, self._counters, observe, pack)
+        self._cores = VersionCores(store, basis, self._memory, disk, self._counters, pack)
         self._current = CurrentVersions(clock, config.refresh, config.stale, config.names)
         self._lookups: Flights[AdapterName, tuple[LoadedAdapter, bool]] = Flights()
         self._outage = Outage(store.url, clock)
@@ -118,7 +117,7 @@ class AdapterLoader:
         with self._change(name):
             version = self.store.publish(name, data)
             cores = self._cores.keep(adapter, data)
-            self._current.change(name, version)
+            self._change_to(name, version)
         return LoadedAdapter(name, version, cores)
 
     def rollback(self, name: AdapterName, version: str | None) -> LoadedAdapter:
@@ -128,7 +127,7 @@ class AdapterLoader:
                 version = previous_version(self.store.versions(name), name)
             cores = self._cores.get(name, version)
             self.store.rollback(name, version)
-            self._current.change(name, version)
+            self._change_to(name, version)
         return LoadedAdapter(name, version, cores)
 
     def delete(self, name: AdapterName) -> None:
@@ -237,8 +236,14 @@ class AdapterLoader:
         except NotFoundError:
             self._current.learn(name, None, asked)
             raise
+        before = self._current.usable(name)
+        self._counters.add("swaps", before is not None and before.version != version)
         self._current.learn(name, version, asked)
         return LoadedAdapter(name, version, cores)
+
+    def _change_to(self, name: AdapterName, version: str) -> None:
+        self._current.change(name, version)
+        self._counters.add("swaps")
 
     @contextmanager
     def _change(self, name: AdapterName) -> Iterator[None]:

@@ -26,6 +26,8 @@ class SlotTable:
             raise InputError(f"slots: found {slots}, expected at least 2 (slot 0 is the base)")
         self.cores = torch.zeros(slots, size, dtype=dtype, device=device)
         self.fills = [0] * slots
+        self.hits = 0  # leases of a version that was resident
+        self.evictions = 0
         self._free = list(range(slots - 1, BASE_SLOT, -1))
         self._slot_of: dict[str, int] = {}
         self._version_of: dict[int, str] = {}
@@ -51,7 +53,9 @@ class SlotTable:
         None when every slot is leased to another version. Each lease is given back by `release`.
         """
         slot = self._slot_of.get(version)
-        if slot is None:
+        if slot is not None:
+            self.hits += 1
+        else:
             slot = self._take()
             if slot is None:
                 return None
@@ -78,5 +82,6 @@ class SlotTable:
         if not self._idle:
             return None
         slot, _ = self._idle.popitem(last=False)
+        self.evictions += 1
         del self._slot_of[self._version_of.pop(slot)]
         return slot

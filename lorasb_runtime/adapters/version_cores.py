@@ -2,7 +2,6 @@
 
 import logging
 import time
-from collections.abc import Callable
 
 import torch
 
@@ -33,13 +32,9 @@ class VersionCores:
         memory: MemoryCache,
         disk: DiskCache | None,
         counters: LoaderCounters,
-        observe: Callable[[float], None] | None,
         pack: PackFiles | None = None,
     ) -> None:
-        """`observe` is told the seconds that each fetch from the store took.
-
-        Raises BasisMismatchError for a pack of another basis.
-        """
+        """Raises BasisMismatchError for a pack of another basis."""
         if pack is not None and pack.basis != basis.digest:
             raise BasisMismatchError(
                 f"{pack.url}: found a pack for basis {pack.basis}, expected {basis.digest}"
@@ -51,7 +46,6 @@ class VersionCores:
         self._memory = memory
         self._disk = disk
         self._counters = counters
-        self._observe = observe
         self._limit = 4 * basis.size + HEADER_ALLOWANCE
         self._flights: Flights[tuple[str, AdapterName | None], torch.Tensor] = Flights()
 
@@ -129,8 +123,7 @@ class VersionCores:
     def _fetch(self, name: AdapterName, version: str) -> bytes:
         start = time.perf_counter()
         data = self._store.fetch(name, version, self._limit)
-        if self._observe is not None:
-            self._observe(time.perf_counter() - start)
+        self._counters.fetched(time.perf_counter() - start)
         self._counters.add("fetches")
         self._counters.add("bytes_fetched", len(data))
         if self._disk is not None:

@@ -136,6 +136,9 @@ def check_request(request: GenerationRequest, info: EngineInfo, *, has_basis: bo
 class EngineStats:
     """Gauges read at any time: sequences, adapter slots and KV tokens in use.
 
+    Counts since the start: slot_hits, admissions that found their adapter version resident;
+    slot_fills, copies of cores into a slot; slot_evictions, those that took another version's slot.
+
     step_seconds counts the time spent in steps, forward_seconds what of it was the model's forward.
     """
 
@@ -148,6 +151,9 @@ class EngineStats:
     steps: int
     step_seconds: float = 0.0
     forward_seconds: float = 0.0
+    slot_hits: int = 0
+    slot_fills: int = 0
+    slot_evictions: int = 0
 
 
 class Engine(Protocol):

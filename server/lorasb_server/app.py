@@ -14,6 +14,7 @@ from lorasb_server.chat import chat_routes
 from lorasb_server.completions import completion_routes
 from lorasb_server.errors import install_handlers
 from lorasb_server.limits import RequestLog, SizeLimit
+from lorasb_server.made_adapters import MadeAdapters
 from lorasb_server.metrics import Metrics
 from lorasb_server.models import model_routes
 from lorasb_server.service import Service
@@ -35,7 +36,8 @@ def create_app(
 
     `loader` is None for a server without a basis. Without `keys` everyone is admin.
     """
-    service = Service(engine, loader, config, Metrics(engine), Meter())
+    made = MadeAdapters(loader.basis) if loader else None
+    service = Service(engine, loader, made, config, Metrics(engine, loader), Meter())
     ready = False
 
     @asynccontextmanager

@@ -46,7 +46,11 @@ TYPES = {
     429: "rate_limit_error",
 }
 RETRY_SECONDS = 1
-UNION_TAGS = ("<text>", "<list>", "<texts>", "<tokens>", "<token lists>")  # no part of a field
+# No part of a field.
+UNION_TAGS = (
+    *("<text>", "<list>", "<texts>", "<tokens>", "<token lists>"),
+    *("<name>", "<blend>", "<inline>"),
+)
 
 
 class FieldError(InputError):

@@ -64,6 +64,8 @@ class Generation:
         meter.check_tokens(tenant, self.caller.quota)
         meter.spend(tenant, self.prompt_tokens)
         metrics.prompt_tokens.inc(self.prompt_tokens)
+        if self.adapter is not None:
+            metrics.count_adapter(str(self.adapter.name))
         waiting = True
         async with contextlib.aclosing(_interleave(self._streams())) as stream:
             async for prompt, chunk in stream:

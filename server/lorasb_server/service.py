@@ -1,5 +1,6 @@
 """What every route works with: the engine, the adapters, and who is meant by a model's name."""
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
@@ -9,7 +10,9 @@ from lorasb_runtime.adapters.names import AdapterName
 from lorasb_runtime.engines.base import Engine
 from lorasb_runtime.errors import FileFormatError, InputError, NotFoundError, StoreError
 from lorasb_server.errors import FieldError, ModelNotFoundError
+from lorasb_server.made_adapters import MadeAdapters, Part
 from lorasb_server.metrics import Metrics
+from lorasb_server.schemas.sampling import AdapterField, InlineAdapter
 from lorasb_server.settings import ServerConfig
 from lorasb_server.tenants.caller import Caller
 from lorasb_server.tenants.meter import Meter
@@ -20,24 +23,27 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Service:
-    """`loader` is None for a server without a basis, which has no adapters."""
+    """`loader` and `made` are None for a server without a basis, which has no adapters."""
 
     engine: Engine
     loader: AdapterLoader | None
+    made: MadeAdapters | None
     config: ServerConfig
     metrics: Metrics
     meter: Meter
 
     async def resolve(
-        self, caller: Caller, model: str, adapter: str | None
+        self, caller: Caller, model: str, adapter: AdapterField | None
     ) -> LoadedAdapter | None:
         """The adapter that a request of this caller means, None for the base model.
+
+        `adapter` names one, or holds a blend or a file.
 
         Raises ModelNotFoundError for a name that nothing answers to, FieldError when both fields
         name an adapter, StoreError when the store fails or holds a damaged file.
         """
         if self.config.is_base(model):
-            return None if adapter is None else await self._load(caller, "adapter", adapter)
+            return None if adapter is None else await self._adapter(caller, adapter)
         if adapter is not None:
             raise FieldError(
                 "adapter", "adapter: the model field names an adapter already; give one of them"
@@ -64,6 +70,21 @@ class Service:
             return await from_store(loader, read, None)
         found = [await from_store(loader, read, namespace) for namespace in caller.namespaces]
         return [item for items in found for item in items]
+
+    async def _adapter(self, caller: Caller, adapter: AdapterField) -> LoadedAdapter:
+        if isinstance(adapter, str):
+            return await self._load(caller, "adapter", adapter)
+        if self.made is None:
+            raise FieldError("adapter", "adapter: this server has no basis, so it has no adapters")
+        if isinstance(adapter, InlineAdapter):
+            return await self.made.inline(adapter.inline)
+        loads = (
+            self._load(caller, f"adapter.{index}.name", part.name)
+            for index, part in enumerate(adapter)
+        )
+        loaded = await asyncio.gather(*loads)
+        weights = [part.weight for part in adapter]
+        return await self.made.blend([Part(a, w) for a, w in zip(loaded, weights, strict=True)])
 
     async def _load(self, caller: Caller, param: str, text: str) -> LoadedAdapter:
         if self.loader is None:

@@ -117,6 +117,9 @@ class TorchEngine:
             steps=self._steps,
             step_seconds=self._step_seconds,
             forward_seconds=self._forward_seconds,
+            slot_hits=slots.hits if slots else 0,
+            slot_fills=sum(slots.fills) if slots else 0,
+            slot_evictions=slots.evictions if slots else 0,
         )
 
     @property

@@ -10,7 +10,6 @@ from pydantic import (
     Discriminator,
     Field,
     Tag,
-    field_validator,
 )
 from pydantic_core import PydanticCustomError
 
@@ -22,6 +21,8 @@ MAX_BIASES = 4096
 MAX_TOKEN_DIGITS = 10
 MAX_CHOICES = 1024
 MAX_PROMPT_LOGPROBS = 20
+MAX_BLEND = 16
+MAX_WEIGHT = 100.0
 ANY_OBJECT = Grammar("json_schema", '{"type": "object"}')
 
 T = TypeVar("T")
@@ -110,11 +111,41 @@ class StructuredOutputs(Strict):
         return Grammar("lark", self.grammar) if self.grammar is not None else ANY_OBJECT
 
 
+class BlendPart(Strict):
+    """An adapter of a blend by its name, as the `model` field would have it."""
+
+    name: str
+    weight: Annotated[float, Field(ge=-MAX_WEIGHT, le=MAX_WEIGHT, allow_inf_nan=False)]
+
+
+class InlineAdapter(Strict):
+    """An adapter file's bytes in base64."""
+
+    inline: str
+
+
+def _adapter_kind(value: object) -> str | None:
+    kinds = {str: "<name>", list: "<blend>", dict: "<inline>"}
+    return next((tag for kind, tag in kinds.items() if isinstance(value, kind)), None)
+
+
+AdapterField = Annotated[
+    Annotated[str, Tag("<name>")]
+    | Annotated[list[BlendPart], Field(min_length=1, max_length=MAX_BLEND), Tag("<blend>")]
+    | Annotated[InlineAdapter, Tag("<inline>")],
+    Discriminator(
+        _adapter_kind,
+        "adapter_kind",
+        "Input should be a name, a list of names with weights, or an object with inline",
+    ),
+]
+
+
 class SamplingFields(Strict):
     """OpenAI's fields common to chat and completions, vLLM's extras, and `adapter`."""
 
     model: str
-    adapter: str | None = None
+    adapter: AdapterField | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1)] | None = None
@@ -147,14 +178,6 @@ class SamplingFields(Strict):
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_PROMPT_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
-
-    @field_validator("adapter", mode="before")
-    @classmethod
-    def _one_name(cls, value: Any) -> Any:
-        if isinstance(value, list | dict):
-            kind = "a blend" if isinstance(value, list) else "an inline adapter"
-            raise PydanticCustomError("adapter", f"{kind} is not supported yet; give a name")
-        return value
 
     @property
     def wants_usage(self) -> bool:
