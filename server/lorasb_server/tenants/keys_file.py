@@ -24,8 +24,8 @@ class Keys(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
-    format: Literal["lorasb-keys"] = "lorasb-keys"
-    format_version: Literal["1"] = "1"
+    format: Literal["lorasb-keys"]
+    format_version: Literal["1"]
     keys: tuple[ApiKey, ...] = ()
     tenants: dict[Namespace, Quota] = {}
     shared: tuple[Namespace, ...] = ()
@@ -71,6 +71,11 @@ class Keys(BaseModel):
         )
 
 
+def no_keys() -> Keys:
+    """What an empty file would hold."""
+    return Keys(format="lorasb-keys", format_version="1")
+
+
 def parse_keys(data: bytes, source: str) -> Keys:
     """Raises FileFormatError, which shows nothing that may be secret."""
     try:
@@ -92,10 +97,8 @@ def edit_keys(path: Path, change: Callable[[Keys], Keys], *, create: bool = Fals
     With `create` a missing file is an empty one. The file is for its owner's eyes alone.
     """
     path = path.resolve()  # a symbolic link stays one
-    if create:
-        path.parent.mkdir(parents=True, exist_ok=True)
     with _locked(path):
-        old = Keys() if create and not path.exists() else load_keys(path)
+        old = no_keys() if create and not path.exists() else load_keys(path)
         new = change(old)
         data = new.model_dump_json(indent=2, exclude_none=True).encode() + b"\n"
         parse_keys(data, str(path))
