@@ -67,6 +67,16 @@ class AdapterLoader:
         with self._name_lock(name):
             return self._load(name, self._current_version(name))
 
+    def file_cores(self, loaded: LoadedAdapter) -> torch.Tensor:
+        """The cores [D] as they are in the version's file, not scaled, for exact sums of them.
+
+        Raises as `get` does where they have to be read again: with a scaling other than 1.
+        """
+        if self.basis.scaling == 1.0:
+            return loaded.cores
+        source = f"adapter {str(loaded.name)!r} version {loaded.version}"
+        return parse_adapter(self.store.fetch(loaded.name, loaded.version), source).cores
+
     def publish(self, name: AdapterName, data: bytes) -> LoadedAdapter:
         """Check an adapter file's bytes, store them and make them current."""
         adapter = parse_adapter(data, f"adapter {str(name)!r}", self.basis)

@@ -14,13 +14,11 @@ from lorasb_runtime.errors import (
     NotFoundError,
     TooLargeError,
 )
-from lorasb_runtime.storage.adapter_file import parse_adapter
-from lorasb_server.schemas.sampling import Strict
+from lorasb_runtime.storage.adapter_file import max_file_bytes, parse_adapter
+from lorasb_server.schemas.strict import Strict
 from lorasb_server.service import Service, from_store
 
 logger = logging.getLogger(__name__)
-
-HEADER_ALLOWANCE = 1 << 20  # bytes of an adapter file besides its numbers
 
 
 class RollbackRequest(Strict):
@@ -76,7 +74,7 @@ async def _publish(service: Service, target: AdapterName, request: Request) -> d
     loader = service.need_loader()
     if service.config.is_base(str(target)):
         raise ConflictError(f"{target}: this name is the base model's")
-    data = await _read_body(request, 4 * loader.basis.size + HEADER_ALLOWANCE)
+    data = await _read_body(request, max_file_bytes(loader.basis))
     previous = await asyncio.to_thread(_current, loader.store, target)
     loaded = await asyncio.to_thread(loader.publish, target, data)
     return {

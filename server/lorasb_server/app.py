@@ -6,9 +6,13 @@ from contextlib import asynccontextmanager
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
 
+from lorasb_runtime.adapters.cores_cache import CoresCache
 from lorasb_runtime.adapters.loader import AdapterLoader
 from lorasb_runtime.engines.base import Engine
+from lorasb_runtime.models.load import parse_dtype
+from lorasb_runtime.storage.adapter_file import max_file_bytes
 from lorasb_server.adapters import adapter_routes
+from lorasb_server.blender import Blender, encoded_length
 from lorasb_server.chat import chat_routes
 from lorasb_server.completions import completion_routes
 from lorasb_server.errors import install_handlers
@@ -19,6 +23,7 @@ from lorasb_server.service import Service
 from lorasb_server.settings import ServerConfig
 from lorasb_server.tokens import token_routes
 
+PROMPT_ROOM = 1 << 20  # bytes of a body besides its inline adapter
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -27,7 +32,7 @@ def create_app(engine: Engine, loader: AdapterLoader | None, config: ServerConfi
 
     `loader` is None for a server without a basis.
     """
-    service = Service(engine, loader, config, Metrics(engine))
+    service = Service(engine, loader, config, Metrics(engine), _blender(engine, loader, config))
     ready = False
 
     @asynccontextmanager
@@ -43,7 +48,7 @@ def create_app(engine: Engine, loader: AdapterLoader | None, config: ServerConfi
 
     app = FastAPI(title="lorasb", lifespan=lifespan)
     install_handlers(app)
-    app.add_middleware(SizeLimit, max_bytes=config.max_request_bytes)
+    app.add_middleware(SizeLimit, max_bytes=_largest_body(loader, config))
     app.add_middleware(RequestLog, metrics=service.metrics)
     for routes in (chat_routes, completion_routes, model_routes, adapter_routes, token_routes):
         app.include_router(routes(service))
@@ -62,3 +67,17 @@ def create_app(engine: Engine, loader: AdapterLoader | None, config: ServerConfi
         return Response(service.metrics.render(), media_type=METRICS_TYPE)
 
     return app
+
+
+def _blender(engine: Engine, loader: AdapterLoader | None, config: ServerConfig) -> Blender | None:
+    if loader is None:
+        return None
+    cache = CoresCache(config.blend_cache_bytes, config.blend_cache_count)
+    return Blender(loader, parse_dtype(engine.info.core_dtype), cache)
+
+
+def _largest_body(loader: AdapterLoader | None, config: ServerConfig) -> int:
+    if loader is None:
+        return config.max_request_bytes
+    inline = encoded_length(max_file_bytes(loader.basis))
+    return max(config.max_request_bytes, inline + PROMPT_ROOM)

@@ -7,7 +7,7 @@ import typer
 from typer.exceptions import TyperException
 
 from lorasb_runtime.errors import InputError, LorasbError
-from lorasb_tools import bench, derive, merge, publish, serve, train
+from lorasb_tools import bench, blend, derive, merge, publish, serve, train
 
 app = typer.Typer(
     name="lorasb",
@@ -21,6 +21,7 @@ app.command("serve")(serve.serve)
 app.command("publish")(publish.publish)
 app.command("adapters")(publish.adapters)
 app.command("merge")(merge.merge)
+app.command("blend")(blend.blend)
 app.add_typer(bench.app, name="bench")
 
 

@@ -3,19 +3,12 @@
 import json
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-    field_validator,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import Discriminator, Field, Tag
 
 from lorasb_runtime.engines.base import Grammar, SamplingParams
 from lorasb_server.errors import FieldError
+from lorasb_server.schemas.adapter import AdapterField
+from lorasb_server.schemas.strict import Strict, Text
 
 MAX_STOPS = 16
 MAX_BIASES = 4096
@@ -27,29 +20,13 @@ ANY_OBJECT = Grammar("json_schema", '{"type": "object"}')
 T = TypeVar("T")
 
 
-def _encodable(text: str) -> str:
-    """JSON can spell half of a surrogate pair, which no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise PydanticCustomError("surrogate", "Input should be valid Unicode text") from None
-    return text
-
-
 def _text_or_list(value: object) -> str | None:
     return "<text>" if isinstance(value, str) else "<list>" if isinstance(value, list) else None
 
 
-Text = Annotated[str, AfterValidator(_encodable)]
 Stop = Annotated[Text, Field(min_length=1)]
 TokenId = Annotated[int, Field(ge=0)]
 TEXT_OR_LIST = Discriminator(_text_or_list, "text_or_list", "Input should be a string or a list")
-
-
-class Strict(BaseModel):
-    """No coercion and no unknown field."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class StreamOptions(Strict):
@@ -114,7 +91,7 @@ class SamplingFields(Strict):
     """OpenAI's fields common to chat and completions, vLLM's extras, and `adapter`."""
 
     model: str
-    adapter: str | None = None
+    adapter: AdapterField | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1)] | None = None
@@ -147,14 +124,6 @@ class SamplingFields(Strict):
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_PROMPT_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
-
-    @field_validator("adapter", mode="before")
-    @classmethod
-    def _one_name(cls, value: Any) -> Any:
-        if isinstance(value, list | dict):
-            kind = "a blend" if isinstance(value, list) else "an inline adapter"
-            raise PydanticCustomError("adapter", f"{kind} is not supported yet; give a name")
-        return value
 
     @property
     def wants_usage(self) -> bool:
