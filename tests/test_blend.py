@@ -1,15 +1,11 @@
-"""Blends: exact sums whatever the order, rounded once, and `lorasb blend` as a user runs it."""
+"""Blends of adapters: exact sums whatever the order, rounded once."""
 
-import json
-import subprocess
 from fractions import Fraction
-from pathlib import Path
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from serving import LORASB, lorasb
 
 from lorasb_runtime.errors import BasisMismatchError, FileFormatError, InputError
 from lorasb_runtime.merging.blend import (
@@ -22,9 +18,7 @@ from lorasb_runtime.merging.weighted import WeightedAdapter
 from lorasb_runtime.ops.rounding import round_once
 from lorasb_runtime.storage.adapter_file import (
     Adapter,
-    load_adapter,
     parse_adapter,
-    save_adapter,
     serialize_adapter,
     version_of,
 )
@@ -165,51 +159,3 @@ def test_what_does_not_belong_together_is_refused() -> None:
         blend_adapters([one, WeightedAdapter(make([1.0] * 4, name="b"))], "x")
     with pytest.raises(InputError, match="found no adapters"):
         blend_adapters([], "x")
-
-
-def refused(*words: object) -> str:
-    result = subprocess.run([*LORASB, "blend", *map(str, words)], capture_output=True, text=True)
-    assert result.returncode == 2, result.stderr
-    (line,) = result.stderr.splitlines()
-    return line
-
-
-def test_the_command_writes_an_adapter_that_says_what_it_is_of(tmp_path: Path) -> None:
-    one = save_adapter(make([1.0] * SIZE, torch.bfloat16, "one"), tmp_path / "one.safetensors")
-    two = save_adapter(make([2.0] * SIZE, torch.float16, "two"), tmp_path / "two.safetensors")
-    output = tmp_path / "new" / "mix.safetensors"
-    parts = (f"{tmp_path}/two.safetensors=-0.25", tmp_path / "one.safetensors")
-    told = json.loads(lorasb("blend", *parts, "-o", output, "--json").stdout)
-    mix = load_adapter(output)
-    assert mix.cores.dtype == torch.float32 and mix.cores.tolist() == [0.5] * SIZE
-    assert (mix.name, mix.basis, mix.version) == ("mix", BASIS, told["version"])
-    expected = [
-        {"name": "one", "version": one.version, "weight": 1.0},
-        {"name": "two", "version": two.version, "weight": -0.25},
-    ]
-    assert mix.info["blend"] == told["adapters"] == sorted(expected, key=lambda p: p["version"])
-    assert "already exists" in refused(*parts, "-o", output)
-    lorasb("blend", *parts, "-o", output, "--force", "--normalize", "--dtype", "bfloat16")
-    mix = load_adapter(output)
-    assert mix.cores.dtype == torch.bfloat16
-    assert sum(part["weight"] for part in mix.info["blend"]) == pytest.approx(1.0)
-    assert mix.cores.tolist()[0] == pytest.approx(2 / 3, rel=2**-8)
-    assert [p.name for p in output.parent.iterdir()] == ["mix.safetensors"]
-
-
-def test_the_command_refuses_in_one_line(tmp_path: Path) -> None:
-    good, odd = tmp_path / "good.safetensors", tmp_path / "odd.safetensors"
-    save_adapter(make([1.0] * SIZE), good)
-    save_adapter(Adapter(torch.ones(SIZE), "sha256:" + "1" * 64, "odd"), odd)
-    output = tmp_path / "out.safetensors"
-    for words, text in (
-        ((f"{good}=nan",), "expected FILE=WEIGHT"),
-        ((good, odd), "found one for basis"),
-        ((tmp_path / "none",), "no such file"),
-        ((good, "--dtype", "int8"), "found 'int8'"),
-        ((f"{good}=1e300",), "do not fit float32"),
-        ((f"{good}=0", "--normalize"), "found a sum of 0"),
-    ):
-        assert text in refused(*words, "-o", output)
-        assert not output.exists()
-    assert "found a folder" in refused(good, "-o", tmp_path)

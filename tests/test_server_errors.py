@@ -65,8 +65,6 @@ BOTH: list[tuple[dict[str, Any], str, str]] = [
     ({"stop_token_ids": ["1"]}, "stop_token_ids.0", "valid integer"),
     ({"stream": "yes"}, "stream", "valid boolean"),
     ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x", "not supported"),
-    ({"adapter": [{"name": "a", "weight": 1}]}, "adapter", "a blend is not supported yet"),
-    ({"adapter": {"inline": "x"}}, "adapter", "an inline adapter is not supported yet"),
     ({"model": None}, "model", "valid string"),
 ]
 
