@@ -1,7 +1,9 @@
 """Refusals and failures: the right status, OpenAI's error object, and the field by its name."""
 
+import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -215,3 +217,26 @@ def test_an_address_that_is_taken_is_named(url: str) -> None:
     app = create_app(FakeEngine(None), None, ServerConfig("pico"))  # type: ignore[arg-type]
     with pytest.raises(InputError, match=f"cannot listen on 127.0.0.1 port {port}"):
         run.run_server(app, "127.0.0.1", port)
+
+
+def test_small_writes_are_sent_at_once() -> None:
+    """With Nagle's algorithm each event of a stream would wait for the last one's receipt."""
+
+    async def nodelay_of_an_accepted_connection() -> int:
+        accepted: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        def accept(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            connection = writer.get_extra_info("socket")
+            accepted.set_result(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        with run._listen("127.0.0.1", 0) as listener:
+            async with await asyncio.start_server(accept, sock=listener):
+                _, writer = await asyncio.open_connection(*listener.getsockname())
+                try:
+                    return await accepted
+                finally:
+                    writer.close()
+                    await writer.wait_closed()
+
+    assert asyncio.run(nodelay_of_an_accepted_connection())
