@@ -1,7 +1,9 @@
 """Refusals and failures: the right status, OpenAI's error object, and the field by its name."""
 
+import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -65,13 +67,6 @@ BOTH: list[tuple[dict[str, Any], str, str]] = [
     ({"stop_token_ids": ["1"]}, "stop_token_ids.0", "valid integer"),
     ({"stream": "yes"}, "stream", "valid boolean"),
     ({"stream": True, "stream_options": {"x": 1}}, "stream_options.x", "not supported"),
-    ({"adapter": []}, "adapter", "at least 1"),
-    ({"adapter": [{"name": "a", "weight": "1"}]}, "adapter.0.weight", "valid number"),
-    ({"adapter": [{"name": "a", "weight": 101}]}, "adapter.0.weight", "less than or equal"),
-    ({"adapter": [{"name": "a"}]}, "adapter.0.weight", "required"),
-    ({"adapter": {"inline": "!"}}, "adapter.inline", "no base64"),
-    ({"adapter": {"inline": "AAAA"}}, "adapter.inline", "do not parse"),
-    ({"adapter": 5}, "adapter", "a name, a list of names with weights"),
     ({"model": None}, "model", "valid string"),
 ]
 
@@ -222,3 +217,26 @@ def test_an_address_that_is_taken_is_named(url: str) -> None:
     app = create_app(FakeEngine(None), None, ServerConfig("pico"))  # type: ignore[arg-type]
     with pytest.raises(InputError, match=f"cannot listen on 127.0.0.1 port {port}"):
         run.run_server(app, "127.0.0.1", port)
+
+
+def test_small_writes_are_sent_at_once() -> None:
+    """With Nagle's algorithm each event of a stream would wait for the last one's receipt."""
+
+    async def nodelay_of_an_accepted_connection() -> int:
+        accepted: asyncio.Future[int] = asyncio.get_running_loop().create_future()
+
+        def accept(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            connection = writer.get_extra_info("socket")
+            accepted.set_result(connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+            writer.close()
+
+        with run._listen("127.0.0.1", 0) as listener:
+            async with await asyncio.start_server(accept, sock=listener):
+                _, writer = await asyncio.open_connection(*listener.getsockname())
+                try:
+                    return await accepted
+                finally:
+                    writer.close()
+                    await writer.wait_closed()
+
+    assert asyncio.run(nodelay_of_an_accepted_connection())

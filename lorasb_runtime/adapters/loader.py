@@ -111,6 +111,15 @@ class AdapterLoader:
         """Load adapters in the background, half of the fetches at most; gives how many it could."""
         return prefetch(list(names), self._begin, max(1, self.config.fetches // 2))
 
+    def file_cores(self, loaded: LoadedAdapter) -> torch.Tensor:
+        """The cores [D] as they are in the version's file, not scaled, for exact sums of them.
+
+        Raises as `get` does where they have to be read again: with a scaling other than 1.
+        """
+        if self.basis.scaling == 1.0:
+            return loaded.cores
+        return self._cores.unscaled(loaded.name, loaded.version)
+
     def publish(self, name: AdapterName, data: bytes) -> LoadedAdapter:
         """Check an adapter file's bytes, store them and make them current."""
         adapter = self._cores.check(name, data)

@@ -72,6 +72,10 @@ class VersionCores:
         # The file of the other name, for which it was being fetched, is bad; ours need not be.
         return self._flights.run((version, name), lambda: self._bring(name, version))
 
+    def unscaled(self, name: AdapterName, version: str) -> torch.Tensor:
+        """The cores as the version's file has them, read again."""
+        return self.check(name, self._read(name, version)).cores
+
     def cached(self, name: AdapterName, version: str) -> torch.Tensor | None:
         """The version's cores if they can be had without the store."""
         cores = self._memory.get(version)
@@ -97,10 +101,12 @@ class VersionCores:
             self._counters.add("hits")
             return cores
         self._counters.add("misses")
+        return self._keep(name, version, self._read(name, version))
+
+    def _read(self, name: AdapterName, version: str) -> bytes:
+        """The version's file, from the nearest place that is not memory."""
         data = self._from_pack(version) or self._from_disk(version)
-        if data is None:
-            data = self._fetch(name, version)
-        return self._keep(name, version, data)
+        return self._fetch(name, version) if data is None else data
 
     def _from_pack(self, version: str) -> bytes | None:
         """A version out of the pack; a damaged one is passed over, the store has it too."""

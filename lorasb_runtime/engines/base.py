@@ -108,11 +108,15 @@ class Chunk:
 
 @dataclass(frozen=True)
 class EngineInfo:
-    """What the engine serves: its context length in tokens and the dtype it computes in."""
+    """What the engine serves: its context length in tokens and the dtype it computes in.
+
+    core_dtype: of the slots' cores, to which an adapter is rounded.
+    """
 
     max_model_len: int
     vocab_size: int
     dtype: str
+    core_dtype: str = "float32"
 
 
 def check_request(request: GenerationRequest, info: EngineInfo, *, has_basis: bool) -> None:

@@ -1,11 +1,13 @@
 """Combining: many adapters of one basis into one vector of cores."""
 
+import math
 from collections.abc import Sequence
 
 import torch
 
 from lorasb_runtime.errors import InputError
 from lorasb_runtime.merging.weighted import CombineCores, WeightedAdapter
+from lorasb_runtime.ops.rounding import round_once
 from lorasb_runtime.storage.adapter_file import Adapter, check_basis, serialize_adapter, version_of
 from lorasb_runtime.storage.basis_file import Basis
 
@@ -26,18 +28,36 @@ def combine_adapters(
         raise InputError("found no adapters to combine, expected at least one")
     for item in adapters:
         check_basis(item.adapter, basis, f"adapter {item.adapter.name!r}")
-    cores = method(in_digest_order(adapters)).to(dtype)
-    if not torch.isfinite(cores).all():
+    return round_cores(method(in_digest_order(adapters)), dtype)
+
+
+def round_cores(cores: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Cores rounded once. Raises InputError when they leave the range of `dtype`."""
+    rounded = round_once(cores, dtype)
+    if not torch.isfinite(rounded).all():
         raise InputError(
-            f"the combined cores do not fit {str(dtype).removeprefix('torch.')}: "
-            "found Inf or NaN, expected finite numbers; use smaller weights"
+            f"the cores do not fit {str(dtype).removeprefix('torch.')}: found Inf or NaN, expected "
+            "finite numbers"
         )
-    return cores
+    return rounded
 
 
 def in_digest_order(adapters: Sequence[WeightedAdapter]) -> list[WeightedAdapter]:
-    """By adapter version, then weight: the order in which sums are taken and recorded."""
-    return sorted(adapters, key=lambda item: (_version(item.adapter), item.weight))
+    """One entry for each version, with the sum of its weights, in the order of the versions.
+
+    That is the order in which sums are taken and recorded. Of a version with several names the
+    first in alphabetical order is kept.
+    """
+    same: dict[str, list[WeightedAdapter]] = {}
+    for item in adapters:
+        same.setdefault(_version(item.adapter), []).append(item)
+    return [
+        WeightedAdapter(
+            min((item.adapter for item in items), key=lambda adapter: adapter.name),
+            math.fsum(item.weight for item in items),
+        )
+        for _, items in sorted(same.items())
+    ]
 
 
 def _version(adapter: Adapter) -> str:

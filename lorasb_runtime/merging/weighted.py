@@ -24,7 +24,7 @@ class WeightedAdapter:
 CombineCores = Callable[[Sequence[WeightedAdapter]], torch.Tensor]
 
 
-def load_weighted(text: str, basis: Basis) -> WeightedAdapter:
+def load_weighted(text: str, basis: Basis | None = None) -> WeightedAdapter:
     """Read `FILE` or `FILE=WEIGHT`; a file whose whole name holds the `=` is found first.
 
     Raises InputError for a weight that is no finite number, and what `load_adapter` raises.

@@ -16,6 +16,7 @@ from lorasb_runtime.types import BaseModelId
 FORMAT = "lorasb-adapter"
 FORMAT_VERSION = "1"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+HEADER_ALLOWANCE = 1 << 20  # bytes of an adapter file besides its numbers
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,11 @@ def serialize_adapter(adapter: Adapter, source: str = "adapter") -> bytes:
 def version_of(data: bytes) -> str:
     """The adapter version: SHA-256 of the file's bytes, in hex."""
     return hashlib.sha256(data).hexdigest()
+
+
+def max_file_bytes(basis: Basis) -> int:
+    """The most bytes that an adapter file of this basis may have where one is sent to a server."""
+    return 4 * basis.size + HEADER_ALLOWANCE
 
 
 def check_basis(adapter: Adapter, basis: Basis, source: str) -> None:

@@ -18,16 +18,15 @@ from lorasb_runtime.errors import (
     NotFoundError,
     TooLargeError,
 )
+from lorasb_runtime.storage.adapter_file import max_file_bytes
 from lorasb_server.auth import AnyCaller, Publisher
-from lorasb_server.schemas.sampling import Strict
+from lorasb_server.schemas.strict import Strict
 from lorasb_server.service import Service, from_store
 from lorasb_server.tenants.caller import Caller
 from lorasb_server.tenants.errors import AdapterNotFoundError
 from lorasb_server.tenants.meter import check_adapters
 
 logger = logging.getLogger(__name__)
-
-HEADER_ALLOWANCE = 1 << 20  # bytes of an adapter file besides its numbers
 
 
 class RollbackRequest(Strict):
@@ -95,7 +94,7 @@ async def _publish(
     shown = caller.shown(target)
     if service.config.is_base(str(target)) or service.config.is_base(shown):
         raise ConflictError(f"{shown}: this name is the base model's")
-    data = await _read_body(request, 4 * loader.basis.size + HEADER_ALLOWANCE)
+    data = await _read_body(request, max_file_bytes(loader.basis))
     async with _room(service, caller, target):
         previous = await loader.workers.call(_current, loader.store, target)
         loaded = await loader.workers.call(loader.publish, target, data)

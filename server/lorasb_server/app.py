@@ -6,15 +6,18 @@ from contextlib import asynccontextmanager, nullcontext
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
 
+from lorasb_runtime.adapters.cores_cache import CoresCache
 from lorasb_runtime.adapters.loader import AdapterLoader
 from lorasb_runtime.engines.base import Engine
+from lorasb_runtime.models.load import parse_dtype
+from lorasb_runtime.storage.adapter_file import max_file_bytes
 from lorasb_server.adapters import adapter_routes
 from lorasb_server.auth import Admin, Auth
+from lorasb_server.blender import Blender, encoded_length
 from lorasb_server.chat import chat_routes
 from lorasb_server.completions import completion_routes
 from lorasb_server.errors import install_handlers
 from lorasb_server.limits import RequestLog, SizeLimit
-from lorasb_server.made_adapters import MadeAdapters
 from lorasb_server.metrics import Metrics
 from lorasb_server.models import model_routes
 from lorasb_server.service import Service
@@ -23,6 +26,7 @@ from lorasb_server.tenants.key_ring import KeyRing
 from lorasb_server.tenants.meter import Meter
 from lorasb_server.tokens import token_routes
 
+PROMPT_ROOM = 1 << 20  # bytes of a body besides its inline adapter
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
 
@@ -36,8 +40,8 @@ def create_app(
 
     `loader` is None for a server without a basis. Without `keys` everyone is admin.
     """
-    made = MadeAdapters(loader.basis) if loader else None
-    service = Service(engine, loader, made, config, Metrics(engine, loader), Meter())
+    blender = _blender(engine, loader, config)
+    service = Service(engine, loader, config, Metrics(engine, loader), blender, Meter())
     ready = False
 
     @asynccontextmanager
@@ -56,7 +60,7 @@ def create_app(
 
     app = FastAPI(title="lorasb", lifespan=lifespan)
     install_handlers(app)
-    app.add_middleware(SizeLimit, max_bytes=config.max_request_bytes)
+    app.add_middleware(SizeLimit, max_bytes=_largest_body(loader, config))
     app.add_middleware(Auth, keys=keys, meter=service.meter)
     app.add_middleware(RequestLog, metrics=service.metrics)
     for routes in (chat_routes, completion_routes, model_routes, adapter_routes, token_routes):
@@ -76,3 +80,17 @@ def create_app(
         return Response(service.metrics.render(), media_type=METRICS_TYPE)
 
     return app
+
+
+def _blender(engine: Engine, loader: AdapterLoader | None, config: ServerConfig) -> Blender | None:
+    if loader is None:
+        return None
+    cache = CoresCache(config.blend_cache_bytes, config.blend_cache_count)
+    return Blender(loader, parse_dtype(engine.info.core_dtype), cache)
+
+
+def _largest_body(loader: AdapterLoader | None, config: ServerConfig) -> int:
+    if loader is None:
+        return config.max_request_bytes
+    inline = encoded_length(max_file_bytes(loader.basis))
+    return max(config.max_request_bytes, inline + PROMPT_ROOM)

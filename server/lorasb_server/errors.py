@@ -46,11 +46,14 @@ TYPES = {
     429: "rate_limit_error",
 }
 RETRY_SECONDS = 1
-# No part of a field.
 UNION_TAGS = (
-    *("<text>", "<list>", "<texts>", "<tokens>", "<token lists>"),
-    *("<name>", "<blend>", "<inline>"),
-)
+    "<text>",
+    "<list>",
+    "<texts>",
+    "<tokens>",
+    "<token lists>",
+    "<object>",
+)  # no part of a field
 
 
 class FieldError(InputError):
@@ -69,6 +72,18 @@ class ModelNotFoundError(NotFoundError):
         super().__init__(f"The model {name[:200]!r} does not exist")
         self.param = param
         self.code = "model_not_found"
+
+
+class InlineTooLargeError(TooLargeError):
+    """The inline adapter has more bytes than one of this basis can have."""
+
+    param = "adapter.inline"
+
+
+class InlineBasisError(BasisMismatchError):
+    """The inline adapter was made for another basis."""
+
+    param = "adapter.inline"
 
 
 def status_of(error: LorasbError) -> int:

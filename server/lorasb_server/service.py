@@ -9,10 +9,10 @@ from lorasb_runtime.adapters.loader import AdapterLoader, LoadedAdapter
 from lorasb_runtime.adapters.names import AdapterName
 from lorasb_runtime.engines.base import Engine
 from lorasb_runtime.errors import FileFormatError, InputError, NotFoundError, StoreError
+from lorasb_server.blender import Blender
 from lorasb_server.errors import FieldError, ModelNotFoundError
-from lorasb_server.made_adapters import MadeAdapters, Part
 from lorasb_server.metrics import Metrics
-from lorasb_server.schemas.sampling import AdapterField, InlineAdapter
+from lorasb_server.schemas.adapter import AdapterField, BlendPart, InlineAdapter
 from lorasb_server.settings import ServerConfig
 from lorasb_server.tenants.caller import Caller
 from lorasb_server.tenants.meter import Meter
@@ -23,21 +23,19 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Service:
-    """`loader` and `made` are None for a server without a basis, which has no adapters."""
+    """`loader` and `blender` are None for a server without a basis, which has no adapters."""
 
     engine: Engine
     loader: AdapterLoader | None
-    made: MadeAdapters | None
     config: ServerConfig
     metrics: Metrics
+    blender: Blender | None
     meter: Meter
 
     async def resolve(
         self, caller: Caller, model: str, adapter: AdapterField | None
     ) -> LoadedAdapter | None:
         """The adapter that a request of this caller means, None for the base model.
-
-        `adapter` names one, or holds a blend or a file.
 
         Raises ModelNotFoundError for a name that nothing answers to, FieldError when both fields
         name an adapter, StoreError when the store fails or holds a damaged file.
@@ -49,6 +47,32 @@ class Service:
                 "adapter", "adapter: the model field names an adapter already; give one of them"
             )
         return await self._load(caller, "model", model)
+
+    async def _adapter(self, caller: Caller, field: AdapterField) -> LoadedAdapter | None:
+        match field:
+            case str():
+                return await self._load(caller, "adapter", field)
+            case InlineAdapter():
+                return await asyncio.to_thread(self._need_blender().inline, field.inline)
+            case _:
+                return await self._blend(caller, field)
+
+    async def _blend(self, caller: Caller, parts: list[BlendPart]) -> LoadedAdapter | None:
+        """Every part is looked up, and the first that cannot be had is the one refused."""
+        loads = (self._load(caller, f"adapter.{i}.name", part.name) for i, part in enumerate(parts))
+        found = []
+        for result in await asyncio.gather(*loads, return_exceptions=True):
+            if isinstance(result, BaseException):
+                raise result
+            found.append(result)
+        weights = (part.weight for part in parts)
+        weighted = list(zip(found, weights, strict=True))
+        return await from_store(self.need_loader(), self._need_blender().blend, weighted)
+
+    def _need_blender(self) -> Blender:
+        self.need_loader()
+        assert self.blender is not None
+        return self.blender
 
     def need_loader(self) -> AdapterLoader:
         if self.loader is None:
@@ -70,21 +94,6 @@ class Service:
             return await from_store(loader, read, None)
         found = [await from_store(loader, read, namespace) for namespace in caller.namespaces]
         return [item for items in found for item in items]
-
-    async def _adapter(self, caller: Caller, adapter: AdapterField) -> LoadedAdapter:
-        if isinstance(adapter, str):
-            return await self._load(caller, "adapter", adapter)
-        if self.made is None:
-            raise FieldError("adapter", "adapter: this server has no basis, so it has no adapters")
-        if isinstance(adapter, InlineAdapter):
-            return await self.made.inline(adapter.inline)
-        loads = (
-            self._load(caller, f"adapter.{index}.name", part.name)
-            for index, part in enumerate(adapter)
-        )
-        loaded = await asyncio.gather(*loads)
-        weights = [part.weight for part in adapter]
-        return await self.made.blend([Part(a, w) for a, w in zip(loaded, weights, strict=True)])
 
     async def _load(self, caller: Caller, param: str, text: str) -> LoadedAdapter:
         if self.loader is None:

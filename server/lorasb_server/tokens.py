@@ -9,7 +9,8 @@ from pydantic import Field
 from lorasb_server.auth import AnyCaller
 from lorasb_server.errors import FieldError
 from lorasb_server.schemas.chat import Message
-from lorasb_server.schemas.sampling import Strict, Text, TokenId
+from lorasb_server.schemas.sampling import TokenId
+from lorasb_server.schemas.strict import Strict, Text
 from lorasb_server.service import Service
 
 

@@ -87,7 +87,7 @@ def _engine(case: BenchCase) -> dict[str, float]:
     model = load_model(case.folder, dtype, torch.device("cpu"))
     basis = None
     if case.adapters:
-        basis = load_basis(case.basis) if case.basis else _random_basis(model, case.rank)
+        basis = load_basis(case.basis) if case.basis else random_basis(model, case.rank)
     config = EngineConfig(
         slots=max(2, case.adapters + 1, case.resident + 1),
         scheduler=SchedulerConfig(max_num_seqs=case.batch),
@@ -181,7 +181,8 @@ class _Stamps(LogitsProcessor):
         return scores
 
 
-def _random_basis(model: Any, rank: int) -> Basis:
+def random_basis(model: Any, rank: int) -> Basis:
+    """B and A of normal noise, about of unit length, for every target of the model."""
     targets = find_targets(model, rank)
     tensors = {}
     for t in targets:

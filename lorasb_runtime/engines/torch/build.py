@@ -49,15 +49,16 @@ def build_engine(
     block = config.cache.prefix_block
     kept = config.cache.prefix_nbytes // (shape.token_bytes(model.dtype) * block)
     cache = KVCache(shape, regions, model.dtype, model.device, (kept, block))
+    stored = model.config.dtype
+    assert isinstance(stored, torch.dtype)
     slots = None
     if basis is not None:
-        stored = model.config.dtype
-        assert isinstance(stored, torch.dtype)
         slots = SlotTable(config.slots, basis.size, stored, model.device)
     info = EngineInfo(
         max_model_len=longest,
         vocab_size=int(model.config.get_text_config().vocab_size),
         dtype=str(model.dtype).removeprefix("torch."),
+        core_dtype=str(stored).removeprefix("torch."),
     )
     return TorchEngine(
         ModelRunner(model, basis, slots, cache),

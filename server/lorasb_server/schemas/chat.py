@@ -6,12 +6,8 @@ from pydantic import Field, Tag
 
 from lorasb_runtime.engines.base import SamplingParams
 from lorasb_server.errors import FieldError
-from lorasb_server.schemas.sampling import (
-    TEXT_OR_LIST,
-    SamplingFields,
-    Strict,
-    Text,
-)
+from lorasb_server.schemas.sampling import TEXT_OR_LIST, SamplingFields
+from lorasb_server.schemas.strict import Strict, Text
 
 MAX_TOP_LOGPROBS = 20
 

@@ -6,7 +6,8 @@ from pydantic import Discriminator, Field, Tag
 
 from lorasb_runtime.engines.base import SamplingParams
 from lorasb_server.errors import FieldError
-from lorasb_server.schemas.sampling import SamplingFields, Text, TokenId
+from lorasb_server.schemas.sampling import SamplingFields, TokenId
+from lorasb_server.schemas.strict import Text
 
 DEFAULT_MAX_TOKENS = 16  # OpenAI's
 MAX_LOGPROBS = 5

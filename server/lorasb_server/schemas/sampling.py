@@ -3,54 +3,30 @@
 import json
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Discriminator,
-    Field,
-    Tag,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import Discriminator, Field, Tag
 
 from lorasb_runtime.engines.base import Grammar, SamplingParams
 from lorasb_server.errors import FieldError
+from lorasb_server.schemas.adapter import AdapterField
+from lorasb_server.schemas.strict import Strict, Text
 
 MAX_STOPS = 16
 MAX_BIASES = 4096
 MAX_TOKEN_DIGITS = 10
 MAX_CHOICES = 1024
 MAX_PROMPT_LOGPROBS = 20
-MAX_BLEND = 16
-MAX_WEIGHT = 100.0
 ANY_OBJECT = Grammar("json_schema", '{"type": "object"}')
 
 T = TypeVar("T")
-
-
-def _encodable(text: str) -> str:
-    """JSON can spell half of a surrogate pair, which no tokenizer takes."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise PydanticCustomError("surrogate", "Input should be valid Unicode text") from None
-    return text
 
 
 def _text_or_list(value: object) -> str | None:
     return "<text>" if isinstance(value, str) else "<list>" if isinstance(value, list) else None
 
 
-Text = Annotated[str, AfterValidator(_encodable)]
 Stop = Annotated[Text, Field(min_length=1)]
 TokenId = Annotated[int, Field(ge=0)]
 TEXT_OR_LIST = Discriminator(_text_or_list, "text_or_list", "Input should be a string or a list")
-
-
-class Strict(BaseModel):
-    """No coercion and no unknown field."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class StreamOptions(Strict):
@@ -109,36 +85,6 @@ class StructuredOutputs(Strict):
         if self.choice is not None:
             return Grammar("choice", json.dumps(self.choice))
         return Grammar("lark", self.grammar) if self.grammar is not None else ANY_OBJECT
-
-
-class BlendPart(Strict):
-    """An adapter of a blend by its name, as the `model` field would have it."""
-
-    name: str
-    weight: Annotated[float, Field(ge=-MAX_WEIGHT, le=MAX_WEIGHT, allow_inf_nan=False)]
-
-
-class InlineAdapter(Strict):
-    """An adapter file's bytes in base64."""
-
-    inline: str
-
-
-def _adapter_kind(value: object) -> str | None:
-    kinds = {str: "<name>", list: "<blend>", dict: "<inline>"}
-    return next((tag for kind, tag in kinds.items() if isinstance(value, kind)), None)
-
-
-AdapterField = Annotated[
-    Annotated[str, Tag("<name>")]
-    | Annotated[list[BlendPart], Field(min_length=1, max_length=MAX_BLEND), Tag("<blend>")]
-    | Annotated[InlineAdapter, Tag("<inline>")],
-    Discriminator(
-        _adapter_kind,
-        "adapter_kind",
-        "Input should be a name, a list of names with weights, or an object with inline",
-    ),
-]
 
 
 class SamplingFields(Strict):
