@@ -350,7 +350,7 @@ REFUSED: list[tuple[str, dict[str, Any], int, str | None]] = [
     ("chat/completions", {"model": "pico", "messages": []}, 400, "messages"),
     ("chat/completions", {**CHAT, "max_tokens": 5, "max_completion_tokens": 6}, 400, "max_tokens"),
     ("chat/completions", {**CHAT, "max_tokens": 1000}, 400, "max_tokens"),
-    ("chat/completions", {**CHAT, "adapter": {"inline": "x"}}, 400, "adapter"),
+    ("chat/completions", {**CHAT, "adapter": {"inline": "x"}}, 400, "adapter.inline"),
     ("chat/completions", {**CHAT, "model": "nobody"}, 404, "model"),
     ("chat/completions", {**CHAT, "adapter": "nobody"}, 404, "adapter"),
     ("chat/completions", {**CHAT, "model": "../x"}, 404, "model"),
