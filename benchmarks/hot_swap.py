@@ -21,8 +21,9 @@ from typing import Any
 
 import httpx
 import torch
+from server_process import serving
+from swap_files import adapter_file, make_basis, make_variant
 from swap_load import PROMPTS, Load, Owner, Window, ask
-from swap_server import adapter_file, make_basis, make_variant, serving
 
 from lorasb_runtime.adapters.slots import SlotTable
 from lorasb_runtime.engines.torch.bench import machine

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import boto3
 from moto.server import ThreadedMotoServer
@@ -70,7 +71,7 @@ class _Files(SimpleHTTPRequestHandler):
         """Quiet."""
 
 
-def _client(address: str):  # type: ignore[no-untyped-def]
+def _client(address: str) -> Any:
     return boto3.client(
         "s3",
         endpoint_url=f"http://{address}",

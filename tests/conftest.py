@@ -1,10 +1,47 @@
 """Models that tests share, made or found once per run."""
 
 import os
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from fake_engine import FakeEngine
 from pico import make_pico_gpt2, make_pico_llama
+from sites import Site, opened
+
+from lorasb_tools import cli
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs `lorasb` with these words in this process; gives the exit status, stdout and stderr."""
+
+    def run(*words: object) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["lorasb", *map(str, words)])
+        status = 0
+        try:
+            cli.main()
+        except SystemExit as exit_:
+            status = int(exit_.code or 0)
+        said = capsys.readouterr()
+        return status, said.out, said.err
+
+    return run
+
+
+@pytest.fixture
+def engine(pico: Path) -> FakeEngine:
+    """A fake; files that need another engine have a fixture of their own."""
+    return FakeEngine.of(pico)
+
+
+@pytest.fixture
+def site(tmp_path: Path, engine: FakeEngine) -> Iterator[Site]:
+    with opened(tmp_path, engine) as site:
+        yield site
 
 
 @pytest.fixture(scope="session")

@@ -15,7 +15,6 @@ from lorasb_runtime.engines.torch.prepare import kv_shape, load_model
 from lorasb_runtime.engines.torch.runner import ModelRunner
 from lorasb_runtime.engines.torch.scheduler import Scheduler
 from lorasb_runtime.engines.torch.sequence import Sequence
-from lorasb_runtime.ops.core_matmul import scale_core
 from lorasb_runtime.storage.adapter_file import Adapter
 from lorasb_runtime.storage.basis_file import Basis
 
@@ -48,11 +47,9 @@ def drive(
     """Prefill in chunks of at most 40 tokens, then decode random tokens, all in one batch."""
     model = load_model(folder, dtype, CPU)
     regions = KVRegions(2048, 16, 256, 8)
-    slots = SlotTable(8, basis.size, dtype, CPU)
+    slots = SlotTable(8, basis.size, dtype, CPU, basis.scaling)
     runner = ModelRunner(model, basis, slots, KVCache(kv_shape(model), regions, model.dtype, CPU))
-    lease = {
-        a.version: slots.lease(a.version, scale_core(a.cores, basis.scaling)) for a in owners if a
-    }
+    lease = {a.version: slots.lease(a.version, a.cores) for a in owners if a}
     sequences = [
         Sequence(str(i), 0, list(p), len(p), 99, SamplingParams(), 0) for i, p in enumerate(prompts)
     ]

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def opened(
     file = folder / "keys.json"
     made = {who: new_key(tenant, role) for who, (tenant, role) in WHO.items()}
     for record, _ in made.values():
-        edit_keys(file, lambda keys, key=record: keys.with_key(key), create=True)  # type: ignore[misc]
+        edit_keys(file, methodcaller("with_key", record), create=True)
     edit_keys(file, lambda keys: keys.with_shared("common"))
     if quota is not None:
         edit_keys(file, lambda keys: keys.with_quota("acme", quota))

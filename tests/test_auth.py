@@ -1,30 +1,16 @@
 """No route answers without a key, but for those that say so."""
 
 import asyncio
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
-import pytest
 from fake_engine import FakeEngine
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
-from sites import Site, error_of, opened
+from sites import Site, error_of
 from starlette.routing import Route
 
 from lorasb_server.auth import OPEN_PATHS
-
-
-@pytest.fixture
-def engine(pico: Path) -> FakeEngine:
-    return FakeEngine.of(pico)
-
-
-@pytest.fixture
-def site(tmp_path: Path, engine: FakeEngine) -> Iterator[Site]:
-    with opened(tmp_path, engine) as site:
-        yield site
 
 
 def routes_of(app: FastAPI) -> list[tuple[str, str]]:

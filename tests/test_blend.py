@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 from lorasb_runtime.errors import BasisMismatchError, FileFormatError, InputError
 from lorasb_runtime.merging.blend import (
     blend_adapters,
-    blend_for_slot,
     blend_version,
+    exact_blend,
     normalized,
 )
 from lorasb_runtime.merging.weighted import WeightedAdapter
+from lorasb_runtime.ops.core_matmul import resident_cores
 from lorasb_runtime.ops.rounding import round_once
 from lorasb_runtime.storage.adapter_file import (
     Adapter,
@@ -53,11 +54,11 @@ def test_the_order_does_not_change_a_bit(
     items: list[WeightedAdapter], data: st.DataObject, dtype: torch.dtype, scaling: float
 ) -> None:
     shuffled = data.draw(st.permutations(items))
-    one, two = blend_adapters(items, "x", torch.float32), blend_adapters(shuffled, "x")
-    assert serialize_adapter(one) == serialize_adapter(two)
+    here, there = blend_adapters(items, "x", torch.float32), blend_adapters(shuffled, "x")
+    assert serialize_adapter(here) == serialize_adapter(there)
     if dtype != torch.float16:  # whose range a sum can leave
-        slot = blend_for_slot(items, scaling, dtype)
-        assert bits(slot) == bits(blend_for_slot(shuffled, scaling, dtype))
+        one, two = (resident_cores(exact_blend(i), scaling, dtype) for i in (items, shuffled))
+        assert bits(one) == bits(two)
 
 
 @given(item=weighted())
@@ -65,7 +66,7 @@ def test_one_adapter_of_weight_one_is_itself_bit_for_bit(item: WeightedAdapter) 
     cores = item.adapter.cores
     alone = [WeightedAdapter(item.adapter)]
     assert bits(blend_adapters(alone, "x", cores.dtype).cores) == bits(cores)
-    assert bits(blend_for_slot(alone, 1.0, cores.dtype)) == bits(cores)
+    assert bits(resident_cores(exact_blend(alone), 1.0, cores.dtype)) == bits(cores)
 
 
 @given(items=ITEMS, factor=WEIGHTS)
@@ -131,11 +132,11 @@ def test_a_blend_in_a_slot_is_scaled_before_the_one_rounding() -> None:
     """1.1 * (1 + 2**-7) in bfloat16: rounding the sum, then the product gives another number."""
     items = [WeightedAdapter(make([1.0] * SIZE)), WeightedAdapter(make([2.0**-8] * SIZE), 1.5)]
     exact = (1 + 1.5 * 2.0**-8) * 1.1
-    found = blend_for_slot(items, 1.1, torch.bfloat16)
+    found = resident_cores(exact_blend(items), 1.1, torch.bfloat16)
     assert found.dtype == torch.bfloat16
     assert found.tolist()[0] in nearest(exact, torch.bfloat16)
     with pytest.raises(InputError, match="do not fit float16"):
-        blend_for_slot([WeightedAdapter(make([1e4] * SIZE), 10.0)], 1.0, torch.float16)
+        blend_adapters([WeightedAdapter(make([1e4] * SIZE), 10.0)], "x", torch.float16)
 
 
 @given(st.dictionaries(st.sampled_from("abcdef"), WEIGHTS, min_size=1), st.data())

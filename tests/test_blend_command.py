@@ -1,35 +1,22 @@
 """`lorasb blend` from the command line: what it writes, what it says, what it refuses."""
 
 import json
-import sys
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import Run
 
 from lorasb_runtime.storage.adapter_file import Adapter, load_adapter, save_adapter
-from lorasb_tools import cli
 
 BASIS = "sha256:" + "0" * 64
-Run = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def blend(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """Runs `lorasb blend ...`; returns the exit status, stdout and stderr."""
-
-    def run(*words: object) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["lorasb", "blend", *map(str, words)])
-        status = 0
-        try:
-            cli.main()
-        except SystemExit as exit_:
-            status = int(exit_.code or 0)
-        said = capsys.readouterr()
-        return status, said.out, said.err
-
-    return run
+def blend(command: Run) -> Run:
+    """Runs `lorasb blend ...`."""
+    return partial(command, "blend")
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from bases import random_adapter, random_basis, reference_logits
 from openai import AsyncOpenAI
 from serving import lorasb, serving
 
-from lorasb_runtime.adapters.cores_cache import CoresCache
 from lorasb_runtime.adapters.loader import AdapterLoader
+from lorasb_runtime.adapters.memory_cache import MemoryCache
 from lorasb_runtime.adapters.names import parse_name
 from lorasb_runtime.adapters.store import AdapterStore
 from lorasb_runtime.config import EngineConfig
@@ -166,7 +166,7 @@ def test_its_log_probabilities_are_those_of_the_sum_in_float64(
     loader = AdapterLoader(AdapterStore(str(tmp_path)), basis)
     engine = load_engine(pico, basis, EngineConfig(dtype="float32", slots=3))
     assert engine.info.core_dtype == "float32"
-    blender = Blender(loader, torch.float32, CoresCache(1 << 20, 4))
+    blender = Blender(loader.basis, torch.float32, MemoryCache(1 << 20, 4))
     parts = [
         (loader.publish(parse_name(name), serialize_adapter(adapters[name])), weight)
         for name, weight in WEIGHTS.items()

@@ -11,7 +11,7 @@ import torch
 from bases import random_adapter, random_basis, reference_logits
 from driving import CPU, drive
 
-from lorasb_runtime.adapters.loader import LoadedAdapter
+from lorasb_runtime.adapters.loaded_adapter import LoadedAdapter
 from lorasb_runtime.adapters.names import parse_name
 from lorasb_runtime.config import CacheConfig, EngineConfig, SchedulerConfig
 from lorasb_runtime.engines.base import Chunk, GenerationRequest, Grammar, SamplingParams
@@ -19,7 +19,6 @@ from lorasb_runtime.engines.torch.build import load_engine
 from lorasb_runtime.engines.torch.engine import TorchEngine
 from lorasb_runtime.engines.torch.prepare import load_model
 from lorasb_runtime.errors import EngineError, InputError
-from lorasb_runtime.ops.core_matmul import scale_core
 from lorasb_runtime.storage.adapter_file import Adapter
 from lorasb_runtime.storage.basis_file import Basis
 
@@ -27,8 +26,7 @@ GREEDY = SamplingParams(temperature=0.0, max_tokens=12, ignore_eos=True)
 
 
 def loaded(basis: Basis, adapter: Adapter) -> LoadedAdapter:
-    cores = scale_core(adapter.cores, basis.scaling)
-    return LoadedAdapter(parse_name(adapter.name), adapter.version, cores)
+    return LoadedAdapter(parse_name(adapter.name), adapter.version, adapter.cores)
 
 
 @pytest.fixture(scope="module")

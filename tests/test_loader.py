@@ -189,7 +189,7 @@ def test_unknown_names_take_no_more_room_than_allowed(store: ScriptedStore, basi
 
 
 def test_a_publish_is_what_the_next_get_sees_whatever_is_in_the_air(
-    store: ScriptedStore, basis: Basis
+    store: ScriptedStore, basis: Basis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loader = AdapterLoader(store, basis, LoaderConfig(refresh=60.0))
     old = publish(store, ALICE, basis, 1.0)
@@ -204,7 +204,7 @@ def test_a_publish_is_what_the_next_get_sees_whatever_is_in_the_air(
             wait_until(lambda: bool(new))  # the answer is on its way while another publishes
         return found
 
-    store.current = current  # type: ignore[method-assign]
+    monkeypatch.setattr(store, "current", current)
     with ThreadPoolExecutor(1) as pool:
         slow = pool.submit(loader.get, ALICE)
         assert seen.wait(5)
@@ -282,14 +282,14 @@ def _gets(get: Callable[[], object]) -> bool:
 
 
 def test_a_version_replaced_while_it_is_read(
-    store: ScriptedStore, loader: AdapterLoader, basis: Basis
+    store: ScriptedStore, loader: AdapterLoader, basis: Basis, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     old = publish(store, ALICE, basis, 1.0)
     original = store.current
     answers = [old]
     new = publish(store, ALICE, basis, 2.0)
     store.files.remove(store.path(ALICE, old))
-    store.current = lambda name: answers.pop() if answers else original(name)  # type: ignore[method-assign]
+    monkeypatch.setattr(store, "current", lambda name: answers.pop() if answers else original(name))
     assert loader.get(ALICE).version == new
     store.files.remove(store.path(ALICE, new))
     other = AdapterLoader(store, basis, LIMITS)

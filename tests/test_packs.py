@@ -74,6 +74,8 @@ def test_adapter_files_come_back_byte_for_byte(
     for index, data in enumerate(files):
         assert pack.adapter_bytes(index) == data
         assert pack.file_bytes(index) == len(data)
+        for nbytes in (0, 9, len(data) - 1, len(data), len(data) + 1):
+            assert pack.adapter_bytes(index, nbytes) == data[:nbytes]
         assert pack.versions[index] == version_of(data)
 
 

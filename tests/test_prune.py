@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from lorasb_runtime.adapters.files import FileInfo
 from lorasb_runtime.adapters.names import AdapterName, parse_name
 from lorasb_runtime.adapters.prune import PruneConfig, prune
 from lorasb_runtime.adapters.store import AdapterStore
@@ -66,23 +67,25 @@ def test_an_adapter_whose_current_is_damaged_is_left_alone(
     assert store.fetch(ALICE, alice[0])
 
 
-def test_a_roll_back_between_listing_and_removing_saves_the_version(store: AdapterStore) -> None:
+def test_a_roll_back_between_listing_and_removing_saves_the_version(
+    store: AdapterStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
     old, new = publish(store, ALICE, 2)
     listing = store.listing
 
-    def and_roll_back():  # type: ignore[no-untyped-def]
+    def and_roll_back() -> dict[AdapterName, dict[str, FileInfo]]:
         found = listing()
         store.rollback(ALICE, old)
         return found
 
-    store.listing = and_roll_back  # type: ignore[method-assign]
+    monkeypatch.setattr(store, "listing", and_roll_back)
     assert prune(store, PruneConfig(keep=0)).versions[0].version == new
     assert store.current(ALICE) == old and store.fetch(ALICE, old)
 
 
 @pytest.mark.parametrize("last", ["roll back", "prune"])
 def test_whoever_comes_last_repairs_a_version_removed_as_it_became_current(
-    store: AdapterStore, last: str
+    store: AdapterStore, last: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The two meet between prune's look at `current` and its removal."""
     old, _ = publish(store, ALICE, 2)
@@ -106,7 +109,8 @@ def test_whoever_comes_last_repairs_a_version_removed_as_it_became_current(
             return
         write(path, data)
 
-    store.files.remove, store.files.write = slow_remove, slow_write  # type: ignore[method-assign]
+    monkeypatch.setattr(store.files, "remove", slow_remove)
+    monkeypatch.setattr(store.files, "write", slow_write)
     thread = threading.Thread(target=prune, args=(store, PruneConfig(keep=0)))
     thread.start()
     store.rollback(ALICE, old)

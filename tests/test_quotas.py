@@ -13,11 +13,6 @@ from lorasb_server.tenants.keys_file import edit_keys
 from lorasb_server.tenants.quota import Quota
 
 
-@pytest.fixture
-def engine(pico: Path) -> FakeEngine:
-    return FakeEngine.of(pico)
-
-
 def quota_error(response: httpx.Response) -> int:
     """Retry-After of a refusal for a quota."""
     assert response.status_code == 429, response.text

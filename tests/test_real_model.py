@@ -26,7 +26,6 @@ from lorasb_runtime.engines.torch.runner import ModelRunner
 from lorasb_runtime.engines.torch.scheduler import Scheduler
 from lorasb_runtime.engines.torch.sequence import Sequence
 from lorasb_runtime.models.load import load_causal_lm, load_tokenizer
-from lorasb_runtime.ops.core_matmul import scale_core
 from lorasb_runtime.storage.adapter_file import Adapter, load_adapter
 from lorasb_runtime.storage.basis_file import Basis, load_basis
 
@@ -77,15 +76,13 @@ def test_a_mixed_batch_has_the_logits_of_float64_weights(
     cpu = torch.device("cpu")
     model = load_model(smol, torch.float32, cpu)
     regions = KVRegions(4096, 64, 1024, 8)
-    slots = SlotTable(4, basis.size, torch.float32, cpu)
+    slots = SlotTable(4, basis.size, torch.float32, cpu, basis.scaling)
     cache = KVCache(kv_shape(model), regions, torch.float32, cpu)
     runner = ModelRunner(model, basis, slots, cache)
     tokenizer = load_tokenizer(smol)
     owners: list[Adapter | None] = [adapters["pirate"], None, adapters["json"], None]
     params = SamplingParams(temperature=0.0)
-    leases = [
-        slots.lease(a.version, scale_core(a.cores, basis.scaling)) if a else 0 for a in owners
-    ]
+    leases = [slots.lease(a.version, a.cores) if a else 0 for a in owners]
     sequences = []
     for i, _ in enumerate(owners):
         ids = tokenizer.encode(" ".join(QUESTIONS[: i + 1]) * (i + 1))

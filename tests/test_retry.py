@@ -1,5 +1,7 @@
 """Attempts, waits and time limits of calls to a store, on a clock of the test's."""
 
+from collections.abc import Callable
+
 import pytest
 
 from lorasb_runtime.adapters.retry import Retry, RetryConfig
@@ -25,7 +27,7 @@ class Time:
     def retry(self, config: RetryConfig, draw: float = 1.0) -> Retry:
         return Retry(config, clock=self.clock, sleep=self.sleep, draw=lambda: draw)
 
-    def failing(self, errors: list[Exception]):  # type: ignore[no-untyped-def]
+    def failing(self, errors: list[Exception]) -> Callable[[float], str]:
         def work(seconds: float) -> str:
             self.allowed.append(seconds)
             self.now += min(self.cost, seconds)

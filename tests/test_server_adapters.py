@@ -27,11 +27,6 @@ def store(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def engine(pico: Path) -> FakeEngine:
-    return FakeEngine.of(pico)
-
-
-@pytest.fixture
 def api(engine: FakeEngine, basis: Basis, store: Path) -> Iterator[httpx.Client]:
     app = create_app(engine, folder_loader(store, basis), ServerConfig("pico", ("org/pico",)))
     with served(app) as url, httpx.Client(base_url=url) as api:

@@ -17,11 +17,13 @@ from fake_engine import FakeEngine, adapter_bytes, folder_loader, served, tiny_b
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lorasb_runtime.adapters.cores_cache import CoresCache
-from lorasb_runtime.adapters.loader import AdapterLoader, LoadedAdapter
+from lorasb_runtime.adapters.loaded_adapter import LoadedAdapter
+from lorasb_runtime.adapters.loader import AdapterLoader
+from lorasb_runtime.adapters.memory_cache import MemoryCache
 from lorasb_runtime.adapters.names import parse_name
 from lorasb_runtime.engines.base import EngineInfo
 from lorasb_runtime.merging import blend as blending
+from lorasb_runtime.ops.core_matmul import resident_cores
 from lorasb_runtime.storage.adapter_file import (
     HEADER_ALLOWANCE,
     Adapter,
@@ -96,7 +98,7 @@ def test_a_blend_is_the_weighted_sum_whatever_its_order(
 ) -> None:
     blend = parts(alice=0.5, team_bob=-1.25, carol=2)
     found = ran(api, engine, blend, path)
-    assert found.cores.dtype == torch.float16
+    assert found.cores.dtype == torch.float64  # the slot rounds it, once
     assert found.cores.tolist() == [0.5 - 2.5 - 6.0] * BASIS.size
     again = ran(api, engine, blend[::-1], path)
     assert again.version == found.version
@@ -261,9 +263,9 @@ def test_requests_for_one_blend_at_the_same_time_compute_it_once(
         made.append(1)
         begun.set()
         assert go.wait(10)
-        return blending.blend_for_slot(*args)
+        return blending.exact_blend(*args)
 
-    monkeypatch.setattr(blender_file, "blend_for_slot", slowly)
+    monkeypatch.setattr(blender_file, "exact_blend", slowly)
     before = len(engine.requests)
     answers: list[httpx.Response] = []
     blend = parts(alice=0.125, carol=0.5)
@@ -299,13 +301,15 @@ def test_any_blend_is_the_exact_sum_rounded_once(
         loaded[name] = loader.publish(
             parse_name(name), serialize_adapter(Adapter(cores, SCALED.digest))
         )
-    blender = Blender(loader, torch.float32, CoresCache(1 << 20, 8))
+    blender = Blender(loader.basis, torch.float32, MemoryCache(1 << 20, 8))
     found = blender.blend([(loaded[name], weight) for name, weight in entries])
     shuffled = data.draw(st.permutations(entries))
     again = blender.blend([(loaded[name], weight) for name, weight in shuffled])
     assert (again and again.version) == (found and found.version)
-    file = {name: loader.file_cores(item).double() for name, item in loaded.items()}
+    file = {name: item.cores.double() for name, item in loaded.items()}
     exact = 1.1 * sum(weight * file[name] for name, weight in entries)
-    cores = found.cores.double() if found else torch.zeros(SCALED.size)
+    cores = torch.zeros(SCALED.size)
+    if found:
+        cores = resident_cores(found.cores, SCALED.scaling, torch.float32).double()
     size = 1.1 * sum(abs(weight) * file[name].abs() for name, weight in entries)
     assert bool(((cores - exact).abs() <= 2.0**-24 * exact.abs() + 1e-14 * size + 1e-40).all())

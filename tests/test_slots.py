@@ -53,6 +53,17 @@ def test_leased_versions_are_never_evicted() -> None:
     assert t.lease("c", cores(3)) == b
 
 
+def test_cores_are_scaled_and_rounded_once_on_their_way_in() -> None:
+    t = SlotTable(2, 4, torch.bfloat16, torch.device("cpu"), scaling=1.1)
+    slot = t.lease("v", torch.full((4,), 1 + 1.5 * 2.0**-8, dtype=torch.float64))
+    assert slot
+    exact = (1 + 1.5 * 2.0**-8) * 1.1
+    assert abs(t.cores[slot, 0].item() - exact) <= 2.0**-8  # half of bfloat16's step at 1.1
+    same = SlotTable(2, 4, torch.bfloat16, torch.device("cpu"), scaling=1.0)
+    slot = same.lease("v", cores(3).bfloat16())
+    assert slot and same.cores[slot].tolist() == [3, 3, 3, 3]
+
+
 def test_a_table_without_room_for_an_adapter_is_refused() -> None:
     with pytest.raises(InputError, match="found 1, expected at least 2"):
         table(1)

@@ -145,16 +145,16 @@ class Clock:
         return self.now
 
 
-def test_the_loader_scales_caches_and_refreshes(store: AdapterStore, basis: Basis) -> None:
+def test_the_loader_caches_and_refreshes(store: AdapterStore, basis: Basis) -> None:
     clock = Clock()
     loader = AdapterLoader(store, basis, LoaderConfig(refresh=1.0), clock=clock)
     store.publish(ALICE, adapter(basis, 4))
     first = loader.get(ALICE)
-    assert first.cores.tolist() == [2, 2, 2, 2]
+    assert first.cores.tolist() == [4, 4, 4, 4]  # scaled in the slot
     store.publish(ALICE, adapter(basis, 6))
     assert loader.get(ALICE).version == first.version
     clock.now = 1.0
-    assert loader.get(ALICE).cores.tolist() == [3, 3, 3, 3]
+    assert loader.get(ALICE).cores.tolist() == [6, 6, 6, 6]
     published = loader.publish(ALICE, adapter(basis, 8))
     assert loader.get(ALICE).version == published.version
 

@@ -1,14 +1,13 @@
 """Tenants on the application: names are apart, and roles bound what may be done."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
-import pytest
 from fake_engine import FakeEngine, adapter_bytes, folder_loader, served, wait_until
 from sites import BASIS, CONFIG, WHO, Site, error_of, opened
 
-from lorasb_runtime.adapters.file_info import FileInfo
+from lorasb_runtime.adapters.files import FileInfo
 from lorasb_runtime.adapters.loader import AdapterLoader
 from lorasb_runtime.adapters.loader_config import LoaderConfig
 from lorasb_runtime.adapters.names import AdapterName
@@ -17,17 +16,6 @@ from lorasb_runtime.errors import StoreError
 from lorasb_runtime.storage.adapter_file import version_of
 from lorasb_server.app import create_app
 from lorasb_server.tenants.keys_file import edit_keys
-
-
-@pytest.fixture
-def engine(pico: Path) -> FakeEngine:
-    return FakeEngine.of(pico)
-
-
-@pytest.fixture
-def site(tmp_path: Path, engine: FakeEngine) -> Iterator[Site]:
-    with opened(tmp_path, engine) as site:
-        yield site
 
 
 def test_a_tenant_has_the_names_of_its_own_namespace(site: Site, engine: FakeEngine) -> None:
@@ -79,7 +67,10 @@ WRITES: dict[str, Asking] = {
         f"/v1/adapters/{n}/rollback", json={"version": version_of(GOOD)}
     ),
 }
-PUT: Asking = lambda api, n: api.put(f"/v1/adapters/{n}", content=GOOD)  # noqa: E731
+
+
+def put_good(api: httpx.Client, name: str) -> httpx.Response:
+    return api.put(f"/v1/adapters/{name}", content=GOOD)
 
 
 def answer(response: httpx.Response, name: str) -> tuple[int, str, list[tuple[str, str]]]:
@@ -98,7 +89,7 @@ def test_anothers_name_answers_as_a_missing_one(site: Site) -> None:
         for name in ("beta/a", "beta/nobody", "nowhere/a", "default/a", "acme/nobody"):
             assert answer(ask(site.api["acme"], name), name) == missing, (what, name)
     for name in ("beta/a", "beta/nobody", "nowhere/a", "default/a"):
-        refused = PUT(site.api["acme"], name)
+        refused = put_good(site.api["acme"], name)
         missing = WRITES["delete"](site.api["acme"], "nobody")
         assert answer(refused, name) == answer(missing, "nobody")
     assert site.listed("beta") == ["a"]
@@ -120,7 +111,7 @@ def test_anothers_name_is_not_looked_up(tmp_path: Path, engine: FakeEngine) -> N
     loader = AdapterLoader(DownStore(str(tmp_path / "store")), BASIS, LoaderConfig(refresh=0.0))
     with opened(tmp_path, engine, loader=loader) as site:
         asked = 0
-        for what, ask in {**READS, **WRITES, "put": PUT}.items():
+        for what, ask in {**READS, **WRITES, "put": put_good}.items():
             assert ask(site.api["acme"], "beta/a").status_code == 404, what
             if what not in ("delete", "put"):
                 assert ask(site.api["acme"], "a").status_code == 503, what
@@ -133,7 +124,7 @@ def test_roles_bound_what_a_key_may_do(site: Site) -> None:
     site.put("root", "common/c", 3.0).raise_for_status()
     for what, ask in READS.items():
         assert ask(site.api["acme-reads"], "a").status_code == 200, what
-    for what, ask in {**WRITES, "put": PUT}.items():
+    for what, ask in {**WRITES, "put": put_good}.items():
         for name in ("a", "new", "beta/a", "common/c"):
             refused = ask(site.api["acme-reads"], name)
             assert refused.status_code == 403, (what, name)
@@ -148,7 +139,7 @@ def test_roles_bound_what_a_key_may_do(site: Site) -> None:
         assert refused.status_code == 403 and "lorasb_" not in refused.text
     metrics = site.api["root"].get("/metrics").text
     assert 'lorasb_requests_total{path="/metrics",status="403"} 3.0' in metrics
-    for ask in (PUT, *WRITES.values()):
+    for ask in (put_good, *WRITES.values()):
         assert ask(site.api["root"], "common/c").status_code != 403
     assert site.listed("acme") == ["a"]
     assert site.put("root", "acme/a", 5.0).status_code == 200

@@ -5,7 +5,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 
-from lorasb_runtime.adapters.file_info import FileInfo
+from lorasb_runtime.adapters.files import FileInfo
 from lorasb_runtime.adapters.names import AdapterName
 from lorasb_runtime.adapters.store import CURRENT, AdapterStore, versions_among
 from lorasb_runtime.errors import FileFormatError, NotFoundError

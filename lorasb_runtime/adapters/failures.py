@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from lorasb_runtime.errors import StoreError
 
 MISSING = (FileNotFoundError, IsADirectoryError, NotADirectoryError)
+# What another attempt would meet again: no right to read, a missing cloud library, or arguments
+# that the library does not take (its TypeError or ValueError). All else may pass.
 LASTING = (PermissionError, ImportError, NotImplementedError, TypeError, ValueError)
 STORE_GONE = ("NoSuchBucket", "RepositoryNotFoundError", "RevisionNotFoundError")
 PASSING_STATUS = (408, 425, 429)

@@ -10,13 +10,13 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 
 from lorasb_runtime.adapters.current_versions import CurrentVersions
 from lorasb_runtime.adapters.disk_cache import DiskCache
 from lorasb_runtime.adapters.flights import Flights
+from lorasb_runtime.adapters.loaded_adapter import LoadedAdapter
 from lorasb_runtime.adapters.loader_config import LoaderConfig
 from lorasb_runtime.adapters.loader_stats import LoaderCounters, LoaderStats
 from lorasb_runtime.adapters.memory_cache import MemoryCache
@@ -31,15 +31,6 @@ from lorasb_runtime.errors import LorasbError, NotFoundError, StoreError
 from lorasb_runtime.storage.basis_file import Basis
 
 NAME_LOCKS = 256  # names share locks by hash, so that unknown names leave nothing behind
-
-
-@dataclass(frozen=True)
-class LoadedAdapter:
-    """An adapter ready for a slot: `cores` [D] already scaled."""
-
-    name: AdapterName
-    version: str
-    cores: torch.Tensor
 
 
 class AdapterLoader:
@@ -110,15 +101,6 @@ class AdapterLoader:
     def prefetch(self, names: Iterable[AdapterName]) -> "Future[int]":
         """Load adapters in the background, half of the fetches at most; gives how many it could."""
         return prefetch(list(names), self._begin, max(1, self.config.fetches // 2))
-
-    def file_cores(self, loaded: LoadedAdapter) -> torch.Tensor:
-        """The cores [D] as they are in the version's file, not scaled, for exact sums of them.
-
-        Raises as `get` does where they have to be read again: with a scaling other than 1.
-        """
-        if self.basis.scaling == 1.0:
-            return loaded.cores
-        return self._cores.unscaled(loaded.name, loaded.version)
 
     def publish(self, name: AdapterName, data: bytes) -> LoadedAdapter:
         """Check an adapter file's bytes, store them and make them current."""

@@ -15,9 +15,9 @@ class LoaderStats:
     flight are one look-up). negative_hits: unknown names answered without the store. fetches:
     adapter files read from the store, failures: flights that ended in an error, retries:
     repeated attempts at the store. stale_served: answers that the store did not confirm in time.
-    pack_hits, disk_hits: misses answered by those. swaps: names that got another version, here or
-    in the store. fetch_counts: how many fetches took at most FETCH_SECONDS[i], the last entry all
-    of them; fetch_seconds: what they took together.
+    pack_hits, disk_hits: misses answered by those. swaps: versions made current here, and
+    changes of a known name seen in the store. fetch_counts: how many fetches took at most
+    FETCH_SECONDS[i], the last entry all of them; fetch_seconds: what they took together.
     """
 
     hits: int = 0

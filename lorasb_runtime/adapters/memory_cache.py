@@ -1,4 +1,4 @@
-"""Scaled cores in host memory by adapter version, least recently used out first."""
+"""Cores in host memory by adapter version, least recently used out first."""
 
 import threading
 from collections import OrderedDict
@@ -7,10 +7,11 @@ import torch
 
 
 class MemoryCache:
-    """Keeps to `limit` bytes, but for the last one put in. Safe for many threads."""
+    """Keeps to its limits, but for the last cores put in. Safe for many threads."""
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
+    def __init__(self, max_bytes: int, max_count: int | None = None) -> None:
+        self._max_bytes = max_bytes
+        self._max_count = max_count
         self._lock = threading.Lock()
         self._cores: OrderedDict[str, torch.Tensor] = OrderedDict()
         self._nbytes = 0
@@ -36,7 +37,11 @@ class MemoryCache:
             self._cores.move_to_end(version)
             if kept is cores:
                 self._nbytes += cores.nbytes
-            while self._nbytes > self._limit and len(self._cores) > 1:
+            while self._is_over() and len(self._cores) > 1:
                 _, dropped = self._cores.popitem(last=False)
                 self._nbytes -= dropped.nbytes
             return kept
+
+    def _is_over(self) -> bool:
+        over = self._max_count is not None and len(self._cores) > self._max_count
+        return over or self._nbytes > self._max_bytes

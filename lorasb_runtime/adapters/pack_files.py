@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from lorasb_runtime.adapters.file_info import FileInfo
+from lorasb_runtime.adapters.files import FileInfo, Files
 from lorasb_runtime.adapters.names import parse_name
 from lorasb_runtime.adapters.retry import Retry
-from lorasb_runtime.errors import ConflictError, NotFoundError, TooLargeError
+from lorasb_runtime.errors import ConflictError, NotFoundError
 from lorasb_runtime.storage.pack_file import PackFile
 
 CURRENT = "/current"  # as in the store's layout
@@ -17,8 +17,8 @@ def is_pack(url: str) -> bool:
     return "://" not in url and Path(url).is_file()
 
 
-class PackFiles:
-    """Satisfies what AdapterStore asks of its files, by the paths of a store's layout."""
+class PackFiles(Files):
+    """A pack's adapters by the paths of a store's layout."""
 
     root = ""
     listable = True
@@ -45,12 +45,6 @@ class PackFiles:
     def adapter_bytes(self, index: int) -> bytes:
         return self._pack.adapter_bytes(index)
 
-    def read(self, path: str, what: str, limit: int) -> bytes:
-        data = self.read_start(path, what, limit + 1)
-        if len(data) > limit:
-            raise TooLargeError(f"{path}: found more than {limit} bytes, expected at most that")
-        return data
-
     def read_start(self, path: str, what: str, nbytes: int) -> bytes:
         folder, _, file = path.rpartition("/")
         index = self._index.get(folder)
@@ -59,15 +53,8 @@ class PackFiles:
             if file == CURRENT[1:]:
                 return version.encode()[:nbytes]
             if file == version + SUFFIX:
-                return self._pack.adapter_bytes(index)[:nbytes]
+                return self._pack.adapter_bytes(index, nbytes)
         raise NotFoundError(f"{what} not found in the pack {self.url}")
-
-    def exists(self, path: str) -> bool:
-        try:
-            self.read_start(path, path, 1)
-        except NotFoundError:
-            return False
-        return True
 
     def find(self, folder: str) -> dict[str, FileInfo]:
         """The two files of each adapter under `folder`."""

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from lorasb_runtime.adapters.file_info import FileInfo
+from lorasb_runtime.adapters.files import FileInfo
 from lorasb_runtime.adapters.names import AdapterName
 from lorasb_runtime.adapters.store import SUFFIX, AdapterStore, StoredVersion, versions_among
 from lorasb_runtime.errors import FileFormatError, NotFoundError

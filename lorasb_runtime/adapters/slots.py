@@ -8,6 +8,7 @@ from collections import OrderedDict
 import torch
 
 from lorasb_runtime.errors import InputError
+from lorasb_runtime.ops.core_matmul import resident_cores
 
 BASE_SLOT = 0
 
@@ -21,10 +22,19 @@ class SlotTable:
     recently used version without a lease goes first.
     """
 
-    def __init__(self, slots: int, size: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self,
+        slots: int,
+        size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        scaling: float = 1.0,
+    ) -> None:
+        """scaling: the basis's, by which cores are multiplied on their way into a slot."""
         if slots < 2:
             raise InputError(f"slots: found {slots}, expected at least 2 (slot 0 is the base)")
         self.cores = torch.zeros(slots, size, dtype=dtype, device=device)
+        self._scaling = scaling
         self.fills = [0] * slots
         self.hits = 0  # leases of a version that was resident
         self.evictions = 0
@@ -48,7 +58,7 @@ class SlotTable:
         return len(self._leases)
 
     def lease(self, version: str, cores: torch.Tensor) -> int | None:
-        """The slot that holds `version`, filled from scaled `cores` [D] if need be.
+        """The slot that holds `version`, filled from an adapter's `cores` [D] if need be.
 
         None when every slot is leased to another version. Each lease is given back by `release`.
         """
@@ -59,7 +69,7 @@ class SlotTable:
             slot = self._take()
             if slot is None:
                 return None
-            self.cores[slot].copy_(cores)
+            self.cores[slot].copy_(resident_cores(cores, self._scaling, self.cores.dtype))
             self.fills[slot] += 1
             self._slot_of[version] = slot
             self._version_of[slot] = version

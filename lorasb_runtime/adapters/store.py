@@ -8,7 +8,7 @@ import re
 from dataclasses import dataclass
 from datetime import datetime
 
-from lorasb_runtime.adapters.file_info import FileInfo
+from lorasb_runtime.adapters.files import FileInfo, Files
 from lorasb_runtime.adapters.names import AdapterName, parse_name
 from lorasb_runtime.adapters.pack_files import PackFiles, is_pack
 from lorasb_runtime.adapters.retry import Retry
@@ -56,8 +56,7 @@ class AdapterStore:
         file that is no pack.
         """
         retry = retry or Retry()
-        self.files: StoreFiles | PackFiles
-        self.files = PackFiles(url, retry) if is_pack(url) else StoreFiles(url, retry)
+        self.files: Files = PackFiles(url, retry) if is_pack(url) else StoreFiles(url, retry)
         self.url = self.files.url
 
     def current(self, name: AdapterName) -> str:

@@ -15,7 +15,7 @@ import fsspec
 from fsspec.implementations.local import LocalFileSystem
 
 from lorasb_runtime.adapters.failures import is_missing, store_error
-from lorasb_runtime.adapters.file_info import FileInfo
+from lorasb_runtime.adapters.files import FileInfo, Files
 from lorasb_runtime.adapters.readers import find_reader
 from lorasb_runtime.adapters.retry import Retry
 from lorasb_runtime.errors import (
@@ -24,7 +24,6 @@ from lorasb_runtime.errors import (
     LorasbError,
     NotFoundError,
     StoreError,
-    TooLargeError,
 )
 from lorasb_runtime.storage import atomic
 
@@ -34,8 +33,8 @@ READ_ONLY = ("http", "https", "hf")
 UNLISTABLE = ("http", "https")
 
 
-class StoreFiles:
-    """Files by their full path under `root`. Safe to use from several threads."""
+class StoreFiles(Files):
+    """Files of one folder or bucket."""
 
     def __init__(self, url: str, retry: Retry) -> None:
         """Raises InputError for a URL whose protocol fsspec does not know."""
@@ -53,30 +52,18 @@ class StoreFiles:
         self._fs: Any = fs
         self._local = isinstance(fs, LocalFileSystem)
         self._protocol: str = fs.protocol if isinstance(fs.protocol, str) else fs.protocol[0]
+        self.listable = self._protocol not in UNLISTABLE
         self._reader = find_reader(fs)
         if self._protocol == "s3":
             _leave_retries_to_us(fs)
 
-    @property
-    def listable(self) -> bool:
-        return self._protocol not in UNLISTABLE
-
-    def read(self, path: str, what: str, limit: int) -> bytes:
-        """All bytes of a file; `what` names it. Raises NotFoundError, TooLargeError, StoreError."""
-        data = self.read_start(path, what, limit + 1)
-        if len(data) > limit:
-            raise TooLargeError(f"{path}: found more than {limit} bytes, expected at most that")
-        return data
-
     def read_start(self, path: str, what: str, nbytes: int) -> bytes:
-        """At most the first `nbytes` bytes, in one request."""
         try:
             return self._try(path, lambda left: self._reader(self._fs, path, nbytes, left))
         except _Missing:
             raise NotFoundError(f"{what} not found in the store {self.url}") from None
 
     def write(self, path: str, data: bytes) -> None:
-        """Replace a file in one step: readers see the old one or the new one."""
         self.need_writable()
 
         def put(left: float) -> None:
@@ -89,16 +76,7 @@ class StoreFiles:
 
         self._try(path, put)
 
-    def exists(self, path: str) -> bool:
-        """Asked by reading, because a failure to answer must not look like a missing file."""
-        try:
-            self.read_start(path, path, 1)
-        except NotFoundError:
-            return False
-        return True
-
     def remove(self, path: str) -> None:
-        """Remove a file, and its folder when that was the last one; a missing one is no error."""
         self.need_writable()
         with suppress(_Missing):
             self._try(path, lambda left: self._fs.rm_file(path, **self._limit(left)))
@@ -107,7 +85,6 @@ class StoreFiles:
                 os.rmdir(os.path.dirname(path))
 
     def find(self, folder: str) -> dict[str, FileInfo]:
-        """Every file under a folder by its full path, leftovers of killed writers included."""
         if not self.listable:
             raise ConflictError(
                 f"store {self.url}: found an {self._protocol} store, which cannot be listed; "
@@ -130,7 +107,6 @@ class StoreFiles:
         }
 
     def need_writable(self) -> None:
-        """Raise ConflictError for a kind of store that is only read."""
         if self._protocol in READ_ONLY:
             raise ConflictError(
                 f"store {self.url}: found an {self._protocol} store, which is read only; expected "

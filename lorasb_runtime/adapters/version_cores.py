@@ -13,17 +13,14 @@ from lorasb_runtime.adapters.names import AdapterName
 from lorasb_runtime.adapters.pack_files import PackFiles
 from lorasb_runtime.adapters.store import AdapterStore
 from lorasb_runtime.errors import BasisMismatchError, InputError
-from lorasb_runtime.ops.core_matmul import scale_core
-from lorasb_runtime.storage.adapter_file import Adapter, parse_adapter, version_of
+from lorasb_runtime.storage.adapter_file import Adapter, max_file_bytes, parse_adapter, version_of
 from lorasb_runtime.storage.basis_file import Basis
 
 logger = logging.getLogger(__name__)
 
-HEADER_ALLOWANCE = 1 << 20  # bytes of an adapter file besides its numbers
-
 
 class VersionCores:
-    """Checked and scaled cores [D] by version; a version is brought in by one thread at a time."""
+    """Checked cores [D] by version; a version is brought in by one thread at a time."""
 
     def __init__(
         self,
@@ -46,7 +43,7 @@ class VersionCores:
         self._memory = memory
         self._disk = disk
         self._counters = counters
-        self._limit = 4 * basis.size + HEADER_ALLOWANCE
+        self._limit = max_file_bytes(basis)
         self._flights: Flights[tuple[str, AdapterName | None], torch.Tensor] = Flights()
 
     def in_memory(self, version: str) -> torch.Tensor | None:
@@ -72,10 +69,6 @@ class VersionCores:
         # The file of the other name, for which it was being fetched, is bad; ours need not be.
         return self._flights.run((version, name), lambda: self._bring(name, version))
 
-    def unscaled(self, name: AdapterName, version: str) -> torch.Tensor:
-        """The cores as the version's file has them, read again."""
-        return self.check(name, self._read(name, version)).cores
-
     def cached(self, name: AdapterName, version: str) -> torch.Tensor | None:
         """The version's cores if they can be had without the store."""
         cores = self._memory.get(version)
@@ -92,7 +85,7 @@ class VersionCores:
         """Take in a checked adapter that was just published."""
         if self._disk is not None:
             self._disk.put(adapter.version, data)
-        return self._memory.put(adapter.version, scale_core(adapter.cores, self._basis.scaling))
+        return self._memory.put(adapter.version, adapter.cores)
 
     def _bring(self, name: AdapterName, version: str) -> torch.Tensor:
         """Where to look, the nearest first."""
@@ -138,4 +131,4 @@ class VersionCores:
 
     def _keep(self, name: AdapterName, version: str, data: bytes) -> torch.Tensor:
         adapter = parse_adapter(data, f"adapter {str(name)!r} version {version}", self._basis)
-        return self._memory.put(version, scale_core(adapter.cores, self._basis.scaling))
+        return self._memory.put(version, adapter.cores)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 from lorasb_runtime.errors import InputError
 
 if TYPE_CHECKING:
-    from lorasb_runtime.adapters.loader import LoadedAdapter
+    from lorasb_runtime.adapters.loaded_adapter import LoadedAdapter
     from lorasb_runtime.models.text import TextCodec
 
 FinishReason = Literal["stop", "length", "abort"]

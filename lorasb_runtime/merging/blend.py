@@ -13,7 +13,6 @@ from lorasb_runtime.merging import linear
 from lorasb_runtime.merging.combine import in_digest_order, round_cores
 from lorasb_runtime.merging.provenance import describe_adapters
 from lorasb_runtime.merging.weighted import WeightedAdapter
-from lorasb_runtime.ops.core_matmul import scale_core
 from lorasb_runtime.storage.adapter_file import Adapter
 
 DOMAIN = b"lorasb-blend-1\0"  # no file of ours begins so: a blend's digest is no file's
@@ -43,14 +42,9 @@ def blend_adapters(
     )
 
 
-def blend_for_slot(
-    adapters: Sequence[WeightedAdapter], scaling: float, dtype: torch.dtype
-) -> torch.Tensor:
-    """The blend's scaled cores [D] in the slots' dtype, to which they are rounded once.
-
-    Raises InputError when they leave its range.
-    """
-    return round_cores(scale_core(linear.combine(in_digest_order(adapters)), scaling), dtype)
+def exact_blend(adapters: Sequence[WeightedAdapter]) -> torch.Tensor:
+    """The sum of weight * cores, [D] in float64, which a slot scales and rounds once."""
+    return linear.combine(in_digest_order(adapters))
 
 
 def blend_version(weights: dict[str, float]) -> str:

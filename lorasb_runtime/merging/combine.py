@@ -34,12 +34,17 @@ def combine_adapters(
 def round_cores(cores: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """Cores rounded once. Raises InputError when they leave the range of `dtype`."""
     rounded = round_once(cores, dtype)
+    check_range(rounded)
+    return rounded
+
+
+def check_range(rounded: torch.Tensor) -> None:
+    """Raises InputError where rounding to this dtype has left Inf or NaN."""
     if not torch.isfinite(rounded).all():
         raise InputError(
-            f"the cores do not fit {str(dtype).removeprefix('torch.')}: found Inf or NaN, expected "
-            "finite numbers"
+            f"the cores do not fit {str(rounded.dtype).removeprefix('torch.')}: found Inf or NaN, "
+            "expected finite numbers"
         )
-    return rounded
 
 
 def in_digest_order(adapters: Sequence[WeightedAdapter]) -> list[WeightedAdapter]:

@@ -1,7 +1,7 @@
 """The one formula, y = W0 x + scaling * B (R (A x)), in the forms that its users need.
 
-Scaling is applied once, to the core (`scale_core`): by slots when an adapter is loaded, by fold,
-export and training. No other function multiplies by it.
+Scaling is applied once, to the core (`scale_core`): when a slot is filled (`resident_cores`), by
+fold, export and training. No other function multiplies by it.
 """
 
 from dataclasses import dataclass
@@ -10,6 +10,7 @@ import torch
 
 from lorasb_runtime.ops.core_kernel import slot_matvec, use_kernel
 from lorasb_runtime.ops.dense import batched_matvec
+from lorasb_runtime.ops.rounding import round_once
 
 
 def scale_core(core: torch.Tensor, scaling: float) -> torch.Tensor:
@@ -20,6 +21,12 @@ def scale_core(core: torch.Tensor, scaling: float) -> torch.Tensor:
     if scaling == 1.0:
         return core
     return core.to(torch.promote_types(core.dtype, torch.float32)) * scaling
+
+
+def resident_cores(cores: torch.Tensor, scaling: float, dtype: torch.dtype) -> torch.Tensor:
+    """What a slot holds of an adapter's cores [D]: scaling * R, rounded once to `dtype`."""
+    exact = cores if scaling == 1.0 else cores.double()
+    return round_once(scale_core(exact, scaling), dtype)
 
 
 def dense_delta(b: torch.Tensor, scaled_core: torch.Tensor, a: torch.Tensor) -> torch.Tensor:

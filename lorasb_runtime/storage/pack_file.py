@@ -61,14 +61,19 @@ class PackFile:
     def __len__(self) -> int:
         return len(self.names)
 
-    def adapter_bytes(self, index: int) -> bytes:
-        """The adapter file that lies at `index`; its digest is the caller's to check."""
+    def adapter_bytes(self, index: int, nbytes: int | None = None) -> bytes:
+        """The adapter file that lies at `index`, or its first `nbytes` bytes.
+
+        Its digest is the caller's to check.
+        """
         header, stored = self._header_of(index)
-        row: bytes = self._cores[index].tobytes()
-        if stored == self.dtype:
-            return header + row
-        cores = torch.frombuffer(bytearray(row), dtype=self.dtype).to(stored)
-        return header + bytes(tensor_bytes(cores))
+        count = self.size
+        if nbytes is not None:  # so many numbers reach that far
+            count = min(count, max(0, -(-(nbytes - len(header)) // stored.itemsize)))
+        row = bytearray(self._cores[index, : count * self.dtype.itemsize])
+        if stored != self.dtype and row:
+            row = bytearray(tensor_bytes(torch.frombuffer(row, dtype=self.dtype).to(stored)))
+        return (header + row)[:nbytes]
 
     def file_bytes(self, index: int) -> int:
         """How many bytes `adapter_bytes` gives."""

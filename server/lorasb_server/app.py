@@ -6,8 +6,8 @@ from contextlib import asynccontextmanager, nullcontext
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
 
-from lorasb_runtime.adapters.cores_cache import CoresCache
 from lorasb_runtime.adapters.loader import AdapterLoader
+from lorasb_runtime.adapters.memory_cache import MemoryCache
 from lorasb_runtime.engines.base import Engine
 from lorasb_runtime.models.load import parse_dtype
 from lorasb_runtime.storage.adapter_file import max_file_bytes
@@ -85,8 +85,8 @@ def create_app(
 def _blender(engine: Engine, loader: AdapterLoader | None, config: ServerConfig) -> Blender | None:
     if loader is None:
         return None
-    cache = CoresCache(config.blend_cache_bytes, config.blend_cache_count)
-    return Blender(loader, parse_dtype(engine.info.core_dtype), cache)
+    cache = MemoryCache(config.blend_cache_bytes, config.blend_cache_count)
+    return Blender(loader.basis, parse_dtype(engine.info.core_dtype), cache)
 
 
 def _largest_body(loader: AdapterLoader | None, config: ServerConfig) -> int:

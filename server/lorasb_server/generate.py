@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from fastapi import Request
 
-from lorasb_runtime.adapters.loader import LoadedAdapter
+from lorasb_runtime.adapters.loaded_adapter import LoadedAdapter
 from lorasb_runtime.engines.base import Chunk, GenerationRequest, SamplingParams, TokenLogprob
 from lorasb_server.errors import FieldError
 from lorasb_server.service import Service

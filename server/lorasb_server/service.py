@@ -5,7 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
-from lorasb_runtime.adapters.loader import AdapterLoader, LoadedAdapter
+from lorasb_runtime.adapters.loaded_adapter import LoadedAdapter
+from lorasb_runtime.adapters.loader import AdapterLoader
 from lorasb_runtime.adapters.names import AdapterName
 from lorasb_runtime.engines.base import Engine
 from lorasb_runtime.errors import FileFormatError, InputError, NotFoundError, StoreError
@@ -67,7 +68,7 @@ class Service:
             found.append(result)
         weights = (part.weight for part in parts)
         weighted = list(zip(found, weights, strict=True))
-        return await from_store(self.need_loader(), self._need_blender().blend, weighted)
+        return await asyncio.to_thread(self._need_blender().blend, weighted)
 
     def _need_blender(self) -> Blender:
         self.need_loader()

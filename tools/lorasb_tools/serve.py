@@ -193,8 +193,9 @@ def _merged_engine(
     from lorasb_runtime.merging.fold import fold_into_model
     from lorasb_runtime.models.load import load_tokenizer, parse_device, parse_dtype
     from lorasb_runtime.models.text import TextCodec
+    from lorasb_runtime.ops.core_matmul import scale_core
 
-    cores = loader.get(parse_name(name)).cores
+    cores = scale_core(loader.get(parse_name(name)).cores, loader.basis.scaling)
     dtype = parse_dtype(config.dtype) if config.dtype else None
     model = load_model(
         folder,

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, LogitsProcessor
 
-from lorasb_runtime.adapters.loader import LoadedAdapter
+from lorasb_runtime.adapters.loaded_adapter import LoadedAdapter
 from lorasb_runtime.adapters.names import parse_name
 from lorasb_runtime.config import EngineConfig, SchedulerConfig
 from lorasb_runtime.engines.base import GenerationRequest, SamplingParams

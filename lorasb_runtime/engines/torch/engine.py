@@ -8,7 +8,7 @@ import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 
-from lorasb_runtime.adapters.loader import LoadedAdapter
+from lorasb_runtime.adapters.loaded_adapter import LoadedAdapter
 from lorasb_runtime.adapters.slots import BASE_SLOT, SlotTable
 from lorasb_runtime.config import SchedulerConfig
 from lorasb_runtime.engines.base import (

@@ -7,7 +7,7 @@ from lorasb_runtime.engines.base import SamplingParams, TokenLogprob
 from lorasb_runtime.engines.torch.kv_regions import Region
 
 if TYPE_CHECKING:
-    from lorasb_runtime.adapters.loader import LoadedAdapter
+    from lorasb_runtime.adapters.loaded_adapter import LoadedAdapter
     from lorasb_runtime.engines.torch.structured import GrammarMatcher
 
 
