@@ -22,7 +22,7 @@ from typing import Any
 import httpx
 import torch
 from server_process import serving
-from swap_files import adapter_file, make_basis, make_variant
+from swap_files import Versions, make_basis, make_variant
 from swap_load import PROMPTS, Load, Owner, Window, ask
 
 from lorasb_runtime.adapters.slots import SlotTable
@@ -55,10 +55,11 @@ def main() -> None:
 def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     basis = make_basis(options.model, options.rank, folder / "basis")
     cores = [make_variant(basis, i, options.strength) for i in range(options.variants)]
+    versions = [Versions(basis, core) for core in cores]
     serials = itertools.count()
 
     def make(variant: int) -> bytes:
-        return adapter_file(basis, cores[variant], next(serials))
+        return versions[variant].file(next(serials))
 
     result: dict[str, Any] = {"slot_fill": slot_fill(cores, options.dtype)}
     flags = ["--basis", folder / "basis", "--adapters", folder / "store"]

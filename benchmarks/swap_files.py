@@ -9,6 +9,8 @@ from lorasb_runtime.models.load import load_causal_lm
 from lorasb_runtime.storage.adapter_file import Adapter, serialize_adapter
 from lorasb_runtime.storage.basis_file import Basis, save_basis
 
+_SERIAL = "serial-of-the-file"  # in its header, where each version has a number as long
+
 
 def make_basis(model: Path, rank: int, path: Path) -> Basis:
     """A random basis for the model, also written to `path`."""
@@ -24,6 +26,11 @@ def make_variant(basis: Basis, variant: int, strength: float) -> torch.Tensor:
     return (strength * torch.randn(basis.size, generator=generator)).bfloat16()
 
 
-def adapter_file(basis: Basis, cores: torch.Tensor, serial: int) -> bytes:
-    """An adapter file; each serial makes a version of its own of the same cores."""
-    return serialize_adapter(Adapter(cores, basis.digest, info={"serial": serial}))
+class Versions:
+    """Files of one adapter's cores, each a version of its own; making one costs next to nothing."""
+
+    def __init__(self, basis: Basis, cores: torch.Tensor) -> None:
+        self._file = serialize_adapter(Adapter(cores, basis.digest, info={"serial": _SERIAL}))
+
+    def file(self, serial: int) -> bytes:
+        return self._file.replace(_SERIAL.encode(), f"{serial:0{len(_SERIAL)}}".encode(), 1)

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from lorasb_runtime.adapters.names import AdapterName
+
 
 @dataclass(frozen=True)
 class CacheConfig:
@@ -27,11 +29,15 @@ class SchedulerConfig:
 
 @dataclass(frozen=True)
 class EngineConfig:
-    """The torch engine: dtype None keeps the checkpoint's, max_model_len None the model's."""
+    """The torch engine: dtype None keeps the checkpoint's, max_model_len None the model's.
+
+    pins: adapters whose last served version stays in its slot.
+    """
 
     dtype: str | None = None
     device: str = "cpu"
     max_model_len: int | None = None
     slots: int = 1024
+    pins: frozenset[AdapterName] = frozenset()
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)

@@ -5,6 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorasb_runtime.adapters.memory_cache import MemoryCache
+from lorasb_runtime.adapters.names import parse_name
 
 
 @given(
@@ -34,3 +35,15 @@ def test_the_least_recently_used_goes_first() -> None:
     assert cache.get("a") is first
     assert cache.get("b") is None
     assert cache.nbytes == 8
+
+
+def test_a_pinned_version_stays_until_another_takes_its_place() -> None:
+    cache = MemoryCache(1000, 2)
+    pinned = cache.put("a", torch.zeros(1))
+    cache.pin(parse_name("gold"), "a")
+    for key in "bcd":
+        cache.put(key, torch.zeros(1))
+    assert cache.get("a") is pinned and cache.get("d") is not None and len(cache) == 2
+    cache.pin(parse_name("gold"), "d")
+    cache.put("e", torch.zeros(1))
+    assert cache.get("a") is None and cache.get("d") is not None

@@ -460,12 +460,28 @@ def test_the_bare_model_is_served_without_a_basis(
         bare.close()
 
 
+def test_a_pinned_adapter_is_resident_from_the_start(
+    pico: Path, work: Path, client: OpenAI, tmp_path: Path
+) -> None:
+    flags = ("--basis", work / "basis.safetensors", "--adapters", work / "store")
+    pins = ("--pin", "alice", "--pin", "nobody", "--slots", 4)
+    with serving(tmp_path / "log", pico, *flags, *pins, "--dtype", "float32") as url:
+        metrics = httpx.get(f"{url}/metrics").text
+        assert "\nlorasb_slots_used 1.0\n" in metrics and "\nlorasb_loader_cached 1.0\n" in metrics
+        pinned = OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        assert complete(pinned, "alice") == complete(client, "alice")
+        assert "\nlorasb_slot_hits_total 1.0\n" in httpx.get(f"{url}/metrics").text
+        pinned.close()
+    assert "--pin nobody: not in the store yet" in (tmp_path / "log").read_text()
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
         (["--host", "0.0.0.0"], "host: found '0.0.0.0', expected a loopback address"),
         (["--adapters", "x"], "--adapters and --pack need --basis"),
         (["--merged", "x"], "--merged needs --basis"),
+        (["--pin", "x"], "--pin needs --basis"),
         (["--engine", "jax"], "engine: found 'jax'"),
         (["--dtype", "int4"], "dtype: found 'int4'"),
         (["--device", "gpu"], "device: found 'gpu'"),

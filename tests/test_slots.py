@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from lorasb_runtime.adapters.names import parse_name
 from lorasb_runtime.adapters.slots import SlotTable
 from lorasb_runtime.errors import InputError
 
@@ -67,3 +68,30 @@ def test_cores_are_scaled_and_rounded_once_on_their_way_in() -> None:
 def test_a_table_without_room_for_an_adapter_is_refused() -> None:
     with pytest.raises(InputError, match="found 1, expected at least 2"):
         table(1)
+
+
+def test_a_pinned_adapter_keeps_its_last_version_resident() -> None:
+    name = parse_name("gold")
+    t = SlotTable(4, 4, torch.float32, torch.device("cpu"), pins=frozenset([name]))
+    first = t.lease("gold-1", cores(1), name)
+    assert first
+    t.release(first)
+    for i in range(9):  # others come and go
+        slot = t.lease(f"v{i}", cores(2))
+        assert slot is not None and slot != first
+        t.release(slot)
+    assert t.lease("gold-1", cores(1), name) == first and t.fills[first] == 1
+    second = t.lease("gold-2", cores(3), name)
+    assert second is not None and second != first
+    t.release(first)  # the old version's last lease: it may go now, the new one may not
+    t.release(second)
+    assert {t.lease("x", cores(4)), t.lease("y", cores(5))} == {1, 2, 3} - {second}
+    assert t.lease("z", cores(6)) is None
+    assert t.cores[second].tolist() == [3, 3, 3, 3]
+
+
+def test_pins_leave_room_for_others() -> None:
+    pins = frozenset(parse_name(f"p{i}") for i in range(3))
+    with pytest.raises(InputError, match="found 4 for 3 pinned adapters, expected at least 5"):
+        SlotTable(4, 4, torch.float32, torch.device("cpu"), pins=pins)
+    SlotTable(5, 4, torch.float32, torch.device("cpu"), pins=pins)

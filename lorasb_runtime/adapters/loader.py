@@ -54,8 +54,7 @@ class AdapterLoader:
 
         Raises BasisMismatchError for a pack, given so or as the store, that is of another basis.
         """
-        if pack is None and isinstance(store.files, PackFiles):
-            pack = store.files
+        pack = pack or (store.files if isinstance(store.files, PackFiles) else None)
         self.store = store
         self.basis = basis
         self.config = config = config or LoaderConfig()
@@ -108,8 +107,7 @@ class AdapterLoader:
         with self._change(name):
             version = self.store.publish(name, data)
             cores = self._cores.keep(adapter, data)
-            self._change_to(name, version)
-        return LoadedAdapter(name, version, cores)
+            return self._change_to(name, version, cores)
 
     def rollback(self, name: AdapterName, version: str | None) -> LoadedAdapter:
         """Make `version` current; without one, the newest stored version before the current."""
@@ -118,8 +116,7 @@ class AdapterLoader:
                 version = previous_version(self.store.versions(name), name)
             cores = self._cores.get(name, version)
             self.store.rollback(name, version)
-            self._change_to(name, version)
-        return LoadedAdapter(name, version, cores)
+            return self._change_to(name, version, cores)
 
     def delete(self, name: AdapterName) -> None:
         """Remove the adapter from the store; requests that already have it are not touched."""
@@ -128,11 +125,8 @@ class AdapterLoader:
             self._current.change(name, None)
 
     def stats(self) -> LoaderStats:
-        return self._counters.stats(
-            retries=self.store.files.retry.count,
-            cached=len(self._memory),
-            cached_bytes=self._memory.nbytes,
-        )
+        memory, retries = self._memory, self.store.files.retry.count
+        return self._counters.stats(retries=retries, cached=len(memory), cached_bytes=memory.nbytes)
 
     def close(self) -> None:
         """Stop the loader's threads; what they are doing ends by itself."""
@@ -150,7 +144,7 @@ class AdapterLoader:
         if cores is None:
             return None
         self._counters.add("hits")
-        return LoadedAdapter(name, known.version, cores)
+        return self._loaded(name, known.version, cores)
 
     def _begin(self, name: AdapterName) -> "Future[tuple[LoadedAdapter, bool]]":
         deadline = self._clock() + self.config.timeout
@@ -172,6 +166,11 @@ class AdapterLoader:
                 f"{self.config.timeout:g} s"
             )
         return self._counted(stale, True)
+
+    def _loaded(self, name: AdapterName, version: str, cores: torch.Tensor) -> LoadedAdapter:
+        if name in self.config.pins:
+            self._memory.pin(name, version)
+        return LoadedAdapter(name, version, cores)
 
     def _counted(self, adapter: LoadedAdapter, stale: bool) -> LoadedAdapter:
         self._counters.add("stale_served", stale)
@@ -208,7 +207,7 @@ class AdapterLoader:
         if known is None or cores is None:
             return None
         self._outage.begin(reason)
-        return LoadedAdapter(name, known.version, cores)
+        return self._loaded(name, known.version, cores)
 
     def _ask(self, name: AdapterName) -> LoadedAdapter:
         asked = self._current.ask(name)
@@ -230,11 +229,12 @@ class AdapterLoader:
         before = self._current.usable(name)
         self._counters.add("swaps", before is not None and before.version != version)
         self._current.learn(name, version, asked)
-        return LoadedAdapter(name, version, cores)
+        return self._loaded(name, version, cores)
 
-    def _change_to(self, name: AdapterName, version: str) -> None:
+    def _change_to(self, name: AdapterName, version: str, cores: torch.Tensor) -> LoadedAdapter:
         self._current.change(name, version)
         self._counters.add("swaps")
+        return self._loaded(name, version, cores)
 
     @contextmanager
     def _change(self, name: AdapterName) -> Iterator[None]:

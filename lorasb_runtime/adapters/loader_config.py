@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from lorasb_runtime.adapters.names import AdapterName
 from lorasb_runtime.adapters.retry import RetryConfig
 
 
@@ -14,7 +15,8 @@ class LoaderConfig:
     is remembered as such. stale: how long a version that is known and cached is served while the
     store fails to confirm it. timeout: what a request waits for the store at the most. patience:
     what it waits when it could have such a version instead. fetches: reads from the store at once.
-    names: how many names, and how many unknown ones, are remembered.
+    names: how many names, and how many unknown ones, are remembered. pins: adapters whose last
+    served version stays in host memory.
     """
 
     refresh: float = 1.0
@@ -24,6 +26,7 @@ class LoaderConfig:
     fetches: int = 16
     names: int = 65536
     cache_bytes: int = 1 << 30
+    pins: frozenset[AdapterName] = frozenset()
     disk_cache: Path | None = None
     disk_cache_bytes: int = 4 << 30
 

@@ -5,9 +5,11 @@ from collections import OrderedDict
 
 import torch
 
+from lorasb_runtime.adapters.names import AdapterName
+
 
 class MemoryCache:
-    """Keeps to its limits, but for the last cores put in. Safe for many threads."""
+    """Keeps to its limits, but for pins and the last cores put in. Safe for many threads."""
 
     def __init__(self, max_bytes: int, max_count: int | None = None) -> None:
         self._max_bytes = max_bytes
@@ -15,6 +17,7 @@ class MemoryCache:
         self._lock = threading.Lock()
         self._cores: OrderedDict[str, torch.Tensor] = OrderedDict()
         self._nbytes = 0
+        self._pins: dict[AdapterName, str] = {}
 
     def __len__(self) -> int:
         return len(self._cores)
@@ -37,10 +40,18 @@ class MemoryCache:
             self._cores.move_to_end(version)
             if kept is cores:
                 self._nbytes += cores.nbytes
-            while self._is_over() and len(self._cores) > 1:
-                _, dropped = self._cores.popitem(last=False)
-                self._nbytes -= dropped.nbytes
+            stay = {version, *self._pins.values()}
+            while self._is_over():
+                oldest = next((v for v in self._cores if v not in stay), None)
+                if oldest is None:
+                    break
+                self._nbytes -= self._cores.pop(oldest).nbytes
             return kept
+
+    def pin(self, name: AdapterName, version: str) -> None:
+        """Keep this version of an adapter in place of the one that was pinned before."""
+        with self._lock:
+            self._pins[name] = version
 
     def _is_over(self) -> bool:
         over = self._max_count is not None and len(self._cores) > self._max_count

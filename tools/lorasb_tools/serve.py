@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 import typer
 
 from lorasb_runtime.config import CacheConfig, EngineConfig, SchedulerConfig
-from lorasb_runtime.errors import InputError
+from lorasb_runtime.errors import InputError, NotFoundError
 from lorasb_tools.report import note
 
 if TYPE_CHECKING:
     from lorasb_runtime.adapters.loader import AdapterLoader
     from lorasb_runtime.adapters.loader_config import LoaderConfig
+    from lorasb_runtime.adapters.names import AdapterName
     from lorasb_runtime.engines.torch.engine import TorchEngine
-    from lorasb_runtime.storage.basis_file import Basis
 
 MEMORY_STORE = "memory://lorasb"
 ENGINES = ("torch",)
@@ -62,6 +62,9 @@ def serve(
     disk_cache_gib: float | None = typer.Option(
         None, min=0.001, help="Size of --disk-cache; 4 by default."
     ),
+    pin: list[str] = typer.Option(
+        [], help="Adapter that is loaded at start and stays resident; may be given often."
+    ),
     slots: int = typer.Option(1024, min=2, help="Adapters resident on the device, base included."),
     max_model_len: int | None = typer.Option(None, min=2, help="Context length in tokens."),
     max_num_seqs: int = typer.Option(64, min=1, help="Sequences that run at once."),
@@ -85,12 +88,14 @@ def serve(
     _check_openness(host, allow_open, api_keys)
     if disk_cache_gib is not None and disk_cache is None:
         raise InputError("--disk-cache-gib needs --disk-cache, the folder whose size it limits")
+    pins = _parse_pins(pin, basis, merged)
     keys = None if api_keys is None else KeyRing(api_keys)
     config = EngineConfig(
         dtype=dtype,
         device=device,
         max_model_len=max_model_len,
         slots=slots,
+        pins=pins,
         cache=CacheConfig(
             nbytes=int(kv_cache_gib * (1 << 30)), prefix_nbytes=int(prefix_cache_gib * (1 << 30))
         ),
@@ -103,6 +108,7 @@ def serve(
         stale=stale,
         timeout=store_timeout,
         disk_cache=disk_cache,
+        pins=pins,
         disk_cache_bytes=int((disk_cache_gib or 4.0) * (1 << 30)),
     )
     loader = _open_loader(folder, basis, adapters, pack, loading)
@@ -113,7 +119,7 @@ def serve(
         built = _merged_engine(folder, loader, merged, config)
         name, aliases, loader = merged, (), None
     else:
-        built = _engine(folder, loader.basis if loader else None, config)
+        built = _engine(folder, loader, config)
     settings = ServerConfig(model_name=name, model_aliases=aliases, created=int(time.time()))
     run_server(create_app(built, loader, settings, keys), host, port)
 
@@ -178,10 +184,25 @@ def _open_loader(
     )
 
 
-def _engine(folder: Path, basis: "Basis | None", config: EngineConfig) -> "TorchEngine":
+def _parse_pins(pin: list[str], basis: Path | None, merged: str | None) -> "frozenset[AdapterName]":
+    from lorasb_runtime.adapters.names import parse_name
+
+    if pin and (basis is None or merged is not None):
+        raise InputError("--pin needs --basis, and slots to pin adapters in: not with --merged")
+    return frozenset(parse_name(name) for name in pin)
+
+
+def _engine(folder: Path, loader: "AdapterLoader | None", config: EngineConfig) -> "TorchEngine":
     from lorasb_runtime.engines.torch.build import load_engine
 
-    return load_engine(folder, basis, config)
+    built = load_engine(folder, loader.basis if loader else None, config)
+    for name in sorted(config.pins):
+        assert loader is not None
+        try:
+            built.warm(loader.get(name))
+        except NotFoundError:
+            note(f"lorasb: --pin {name}: not in the store yet; pinned from its first request on")
+    return built
 
 
 def _merged_engine(

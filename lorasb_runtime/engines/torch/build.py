@@ -53,7 +53,9 @@ def build_engine(
     assert isinstance(stored, torch.dtype)
     slots = None
     if basis is not None:
-        slots = SlotTable(config.slots, basis.size, stored, model.device, basis.scaling)
+        slots = SlotTable(
+            config.slots, basis.size, stored, model.device, basis.scaling, config.pins
+        )
     info = EngineInfo(
         max_model_len=longest,
         vocab_size=int(model.config.get_text_config().vocab_size),

@@ -130,7 +130,7 @@ class TorchEngine:
     def warm(self, adapter: LoadedAdapter) -> None:
         """Bring an adapter into a slot ahead of its first request; before `start` only."""
         assert self._slots is not None and not self._thread.is_alive()
-        slot = self._slots.lease(adapter.version, adapter.cores)
+        slot = self._slots.lease(adapter.version, adapter.cores, adapter.name)
         if slot is not None:
             self._slots.release(slot)
 
@@ -263,7 +263,8 @@ class TorchEngine:
         if sequence.adapter is None:
             return BASE_SLOT
         assert self._slots is not None
-        return self._slots.lease(sequence.adapter.version, sequence.adapter.cores)
+        adapter = sequence.adapter
+        return self._slots.lease(adapter.version, adapter.cores, adapter.name)
 
     def _release(self, sequence: Sequence) -> None:
         if sequence.slot:
