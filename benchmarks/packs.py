@@ -29,9 +29,7 @@ def main() -> None:
     parser.add_argument("--adapters", type=int, default=100_000)
     parser.add_argument("--rank", type=int, default=16)
     parser.add_argument("--requests", type=int, default=300, help="each for another adapter")
-    parser.add_argument(
-        "--folder", type=Path, help="where the pack goes for a while"
-    )
+    parser.add_argument("--folder", type=Path, help="where the pack goes for a while")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         for key, value in (measure(options, Path(folder)) | machine()).items():
