@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass, field
 
-from lorasb_runtime.adapters.names import AdapterName
-
 
 @dataclass(frozen=True)
 class CacheConfig:
@@ -31,13 +29,13 @@ class SchedulerConfig:
 class EngineConfig:
     """The torch engine: dtype None keeps the checkpoint's, max_model_len None the model's.
 
-    pins: adapters whose last served version stays in its slot.
+    pins: names of adapters whose last served version stays in its slot.
     """
 
     dtype: str | None = None
     device: str = "cpu"
     max_model_len: int | None = None
     slots: int = 1024
-    pins: frozenset[AdapterName] = frozenset()
+    pins: frozenset[str] = frozenset()
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)

@@ -95,7 +95,7 @@ def serve(
         device=device,
         max_model_len=max_model_len,
         slots=slots,
-        pins=pins,
+        pins=frozenset(map(str, pins)),
         cache=CacheConfig(
             nbytes=int(kv_cache_gib * (1 << 30)), prefix_nbytes=int(prefix_cache_gib * (1 << 30))
         ),
@@ -195,9 +195,10 @@ def _parse_pins(pin: list[str], basis: Path | None, merged: str | None) -> "froz
 def _engine(folder: Path, loader: "AdapterLoader | None", config: EngineConfig) -> "TorchEngine":
     from lorasb_runtime.engines.torch.build import load_engine
 
-    built = load_engine(folder, loader.basis if loader else None, config)
-    for name in sorted(config.pins):
-        assert loader is not None
+    if loader is None:
+        return load_engine(folder, None, config)
+    built = load_engine(folder, loader.basis, config)
+    for name in sorted(loader.config.pins):
         try:
             built.warm(loader.get(name))
         except NotFoundError:

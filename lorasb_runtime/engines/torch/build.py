@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from lorasb_runtime.adapters.names import parse_name
 from lorasb_runtime.adapters.slots import SlotTable
 from lorasb_runtime.config import EngineConfig
 from lorasb_runtime.engines.base import EngineInfo
@@ -53,9 +54,8 @@ def build_engine(
     assert isinstance(stored, torch.dtype)
     slots = None
     if basis is not None:
-        slots = SlotTable(
-            config.slots, basis.size, stored, model.device, basis.scaling, config.pins
-        )
+        pins = frozenset(parse_name(name) for name in config.pins)
+        slots = SlotTable(config.slots, basis.size, stored, model.device, basis.scaling, pins)
     info = EngineInfo(
         max_model_len=longest,
         vocab_size=int(model.config.get_text_config().vocab_size),
