@@ -3,7 +3,6 @@
 import asyncio
 import json
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -17,11 +16,6 @@ from lorasb_server.settings import ServerConfig
 
 MESSAGES: list[Any] = [{"role": "user", "content": "Hi"}]
 CHAT: dict[str, Any] = {"model": "pico", "messages": MESSAGES}
-
-
-@pytest.fixture
-def engine(pico: Path) -> FakeEngine:
-    return FakeEngine.of(pico)
 
 
 @pytest.fixture

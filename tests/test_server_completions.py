@@ -2,7 +2,6 @@
 
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -13,11 +12,6 @@ from openai import InternalServerError, OpenAI
 from lorasb_runtime.errors import EngineError
 from lorasb_server.app import create_app
 from lorasb_server.settings import ServerConfig
-
-
-@pytest.fixture
-def engine(pico: Path) -> FakeEngine:
-    return FakeEngine.of(pico)
 
 
 @pytest.fixture

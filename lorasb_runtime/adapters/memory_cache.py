@@ -40,8 +40,8 @@ class MemoryCache:
             self._cores.move_to_end(version)
             if kept is cores:
                 self._nbytes += cores.nbytes
-            stay = {version, *self._pins.values()}
             while self._is_over():
+                stay = {version, *self._pins.values()}
                 oldest = next((v for v in self._cores if v not in stay), None)
                 if oldest is None:
                     break

@@ -94,12 +94,10 @@ class VersionCores:
             self._counters.add("hits")
             return cores
         self._counters.add("misses")
-        return self._keep(name, version, self._read(name, version))
-
-    def _read(self, name: AdapterName, version: str) -> bytes:
-        """The version's file, from the nearest place that is not memory."""
         data = self._from_pack(version) or self._from_disk(version)
-        return self._fetch(name, version) if data is None else data
+        if data is None:
+            data = self._fetch(name, version)
+        return self._keep(name, version, data)
 
     def _from_pack(self, version: str) -> bytes | None:
         """A version out of the pack; a damaged one is passed over, the store has it too."""

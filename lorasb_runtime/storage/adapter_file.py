@@ -123,7 +123,7 @@ def _check_cores(cores: torch.Tensor, source: str) -> None:
 
 
 def _count_not_finite(cores: torch.Tensor) -> int:
-    """By numpy: each thread that calls torch would get a thread pool, which slows the engine's."""
+    """By numpy, as torch would start a pool of threads for each of the threads that check files."""
     mask = EXPONENTS[cores.dtype]
     integers = torch.int16 if cores.element_size() == 2 else torch.int32
     bits = cores.detach().cpu().contiguous().view(integers).numpy()
