@@ -1,5 +1,8 @@
 """What a swap costs: filling a slot, PUT to first token, and a full batch's throughput.
 
+The last twice: swaps that others make in the store, each seen and fetched by the server, under
+short answers; and swaps by PUT, which share the model's cores with the server's HTTP.
+
     python benchmarks/hot_swap.py models/SmolLM2-135M-Instruct
 
 The basis and the adapters are random, in a temporary folder; every swap is a version that the
@@ -16,6 +19,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +27,7 @@ import httpx
 import torch
 from server_process import serving
 from swap_files import Versions, make_basis, make_variant
-from swap_load import PROMPTS, Load, Owner, Window, ask
+from swap_load import PROMPTS, Load, Owner, PutClient, Window, ask, publish_elsewhere
 
 from lorasb_runtime.adapters.slots import SlotTable
 from lorasb_runtime.engines.torch.bench import machine
@@ -39,7 +43,8 @@ def main() -> None:
     parser.add_argument("--strength", type=float, default=0.5, help="of the random cores")
     parser.add_argument("--variants", type=int, default=4, help="adapters that differ")
     parser.add_argument("--batch", type=int, default=32, help="streams at once")
-    parser.add_argument("--tokens", type=int, default=48, help="tokens of each answer")
+    parser.add_argument("--tokens", type=int, default=48, help="of each answer under PUTs")
+    parser.add_argument("--short", type=int, default=5, help="tokens where the store is swapped")
     parser.add_argument("--swaps", type=float, default=2000, help="a minute")
     parser.add_argument("--seconds", type=float, default=20, help="of each window")
     parser.add_argument("--rounds", type=int, default=3)
@@ -64,9 +69,9 @@ def measure(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     result: dict[str, Any] = {"slot_fill": slot_fill(cores, options.dtype)}
     flags = ["--basis", folder / "basis", "--adapters", folder / "store"]
     flags += ["--dtype", options.dtype, "--prefix-cache-gib", 0]
-    flags += ["--max-num-seqs", options.batch]
+    flags += ["--max-num-seqs", options.batch, "--refresh", 0]
     with serving(folder / "log", options.model, *flags) as url:
-        result |= asyncio.run(against_server(url, options, make))
+        result |= asyncio.run(against_server(url, options, make, folder / "store"))
     return result
 
 
@@ -84,22 +89,29 @@ def slot_fill(cores: list[torch.Tensor], dtype: str, times: int = 2000) -> dict[
 
 
 async def against_server(
-    url: str, options: argparse.Namespace, make: Callable[[int], bytes]
+    url: str, options: argparse.Namespace, make: Callable[[int], bytes], store: Path
 ) -> dict[str, Any]:
     limits = httpx.Limits(max_connections=None)
     async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as client:
         known = await known_answers(client, options, make)
         owners = [Owner(f"u{i}", PROMPTS[i % len(PROMPTS)]) for i in range(options.batch)]
-        load = Load(client, owners, options.tokens, make, known)
+        puts = Load(client, owners, options.tokens, make, PutClient(client.base_url).put, known)
+        elsewhere = Load(
+            client, owners, options.short, make, partial(publish_elsewhere, store), known
+        )
         for owner in owners:
-            await load.put(owner)
-        single = await put_to_first_token(client, load, owners[0], options.repeats)
-        await load.run(2, 0)  # to warm up
-        rounds = []
-        for _ in range(options.rounds):
-            still = await load.run(options.seconds, 0)
-            rounds.append((still, await load.run(options.seconds, options.swaps)))
-    return {**single, **under_load(rounds)}
+            await puts.swap(owner)
+        single = await put_to_first_token(client, puts, owners[0], options.repeats)
+        by = {}
+        # Not every swap in the store is seen: a user may ask again only after the next one.
+        for name, load, asked in (("store", elsewhere, 1.5), ("put", puts, 1.0)):
+            await load.run(2, 0)  # to warm up
+            rounds = []
+            for _ in range(options.rounds):
+                still = await load.run(options.seconds, 0)
+                rounds.append((still, await load.run(options.seconds, asked * options.swaps)))
+            by[name] = under_load(rounds)
+    return {**single, "by": by}
 
 
 async def known_answers(
@@ -113,8 +125,8 @@ async def known_answers(
             *(ask(client, "known", prompt, options.tokens) for prompt in PROMPTS)
         )
         known |= {(p, variant): a.pieces for p, a in zip(PROMPTS, answers, strict=True)}
-    if len(set(known.values())) != len(known):
-        raise SystemExit("two variants give the same answer: raise --strength or --tokens")
+    if len({(p, answer[: options.short]) for (p, _), answer in known.items()}) != len(known):
+        raise SystemExit("two variants give the same answer: raise --strength or --short")
     return known
 
 
@@ -125,7 +137,7 @@ async def put_to_first_token(
     swapped, puts, resident = [], [], []
     for _ in range(repeats):
         began = time.monotonic()
-        puts.append(await load.put(owner))
+        puts.append(await load.swap(owner))
         swapped.append((await ask(client, owner.name, owner.prompt, FIRST_TOKENS)).first - began)
         again = await ask(client, owner.name, owner.prompt, FIRST_TOKENS)
         resident.append(again.first - again.sent)
@@ -139,7 +151,7 @@ async def put_to_first_token(
 
 def under_load(rounds: list[tuple[Window, Window]]) -> dict[str, Any]:
     ratios = [with_.tokens_per_second / still.tokens_per_second for still, with_ in rounds]
-    puts = [seconds for _, with_ in rounds for seconds in with_.put_seconds]
+    swaps = [seconds for _, with_ in rounds for seconds in with_.swap_seconds]
     windows = [window for pair in rounds for window in pair]
     return {
         "tokens_per_second_without_swaps": [still.tokens_per_second for still, _ in rounds],
@@ -147,7 +159,7 @@ def under_load(rounds: list[tuple[Window, Window]]) -> dict[str, Any]:
         "throughput_lost": 1 - statistics.median(ratios),
         "throughput_lost_by_round": [1 - ratio for ratio in ratios],
         "swaps_per_minute": statistics.median(with_.swaps_per_minute for _, with_ in rounds),
-        "put_under_load": spread(puts),
+        "swap": spread(swaps),
         "answers": sum(window.answers for window in windows),
         "wrong_answers": sum(window.wrong_answers for window in windows),
         "wrong_tokens": sum(window.wrong_tokens for window in windows),
@@ -161,30 +173,37 @@ def spread(seconds: list[float]) -> dict[str, float]:
 
 
 def table(result: dict[str, Any]) -> str:
-    def line(text: str, key: str) -> str:
-        median, p99 = (1000 * result[key][name] for name in ("median", "p99"))
-        return f"{text:<52} median {median:>9.3f} ms   p99 {p99:>9.3f} ms"
-
-    without, with_ = (
-        statistics.median(result[f"tokens_per_second_{name}_swaps"]) for name in ("without", "with")
-    )
-    by_round = ", ".join(f"{lost:.1%}" for lost in result["throughput_lost_by_round"])
     return "\n".join(
         [
-            line("host memory to ready slot", "slot_fill"),
-            line("PUT, idle server", "put"),
-            line("PUT to first token, idle server", "put_to_first_token"),
-            line("first token of a resident version", "first_token_of_a_resident_version"),
-            line("the swap's own part", "swap_alone"),
-            line("PUT under load", "put_under_load"),
-            f"{result['batch']} streams: {without:.1f} tok/s without swaps, {with_:.1f} with "
-            f"{result['swaps_per_minute']:.0f} a minute: {result['throughput_lost']:.1%} lost "
-            f"(by round: {by_round})",
-            f"{result['answers']} answers checked: {result['wrong_answers']} wrong, with "
-            f"{result['wrong_tokens']} wrong tokens "
-            f"({result['wrong_tokens_without_swaps']} of them without swaps)",
+            line("host memory to ready slot", result["slot_fill"]),
+            line("PUT, idle server", result["put"]),
+            line("PUT to first token, idle server", result["put_to_first_token"]),
+            line("first token of a resident version", result["first_token_of_a_resident_version"]),
+            line("the swap's own part", result["swap_alone"]),
+            *(text for name, by in result["by"].items() for text in load_lines(name, by)),
         ]
     )
+
+
+def line(text: str, seconds: dict[str, float]) -> str:
+    median, p99 = (1000 * seconds[name] for name in ("median", "p99"))
+    return f"{text:<52} median {median:>9.3f} ms   p99 {p99:>9.3f} ms"
+
+
+def load_lines(name: str, by: dict[str, Any]) -> list[str]:
+    without, with_ = (
+        statistics.median(by[f"tokens_per_second_{which}_swaps"]) for which in ("without", "with")
+    )
+    by_round = ", ".join(f"{lost:.1%}" for lost in by["throughput_lost_by_round"])
+    return [
+        line(f"a swap by {name} under load", by["swap"]),
+        f"swaps by {name}: {without:.1f} tok/s without them, {with_:.1f} with "
+        f"{by['swaps_per_minute']:.0f} a minute: {by['throughput_lost']:.1%} lost "
+        f"(by round: {by_round})",
+        f"{by['answers']} answers checked: {by['wrong_answers']} wrong, with "
+        f"{by['wrong_tokens']} wrong tokens ({by['wrong_tokens_without_swaps']} of them "
+        "without swaps)",
+    ]
 
 
 if __name__ == "__main__":

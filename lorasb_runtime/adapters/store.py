@@ -5,6 +5,7 @@
 
 import logging
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -73,16 +74,7 @@ class AdapterStore:
 
         Raises NotFoundError, DigestError, and TooLargeError once `limit` bytes have been read.
         """
-        path = self.path(name, version)
-        what = f"adapter {str(name)!r} version {version}"
-        for attempt in range(DIGEST_ATTEMPTS):
-            if attempt:
-                self.files.retry.add()
-            data = self.files.read(path, what, limit)
-            found = version_of(data)
-            if found == version:
-                return data
-        raise DigestError(path, f"bytes with digest {found}", f"digest {version}")
+        return self._read(name, version, limit, lambda data: version_of(data) == version)
 
     def fetch_start(self, name: AdapterName, version: str, nbytes: int) -> bytes:
         """The first bytes of a version, unchecked."""
@@ -93,7 +85,7 @@ class AdapterStore:
         """Write the version, verify it, then make it current; returns the version."""
         version = version_of(data)
         self.files.write(self.path(name, version), data)
-        self.fetch(name, version)
+        self._read(name, version, MAX_ADAPTER_BYTES, lambda found: found == data)
         self._make_current(name, version, data)
         return version
 
@@ -172,6 +164,19 @@ class AdapterStore:
         if not _VERSION.fullmatch(version):
             raise InputError(f"version: found {version[:80]!r}, expected 64 hex digits")
         return f"{self.folder(name)}/{version}{SUFFIX}"
+
+    def _read(
+        self, name: AdapterName, version: str, limit: int, is_whole: Callable[[bytes], bool]
+    ) -> bytes:
+        path = self.path(name, version)
+        what = f"adapter {str(name)!r} version {version}"
+        for attempt in range(DIGEST_ATTEMPTS):
+            if attempt:
+                self.files.retry.add()
+            data = self.files.read(path, what, limit)
+            if is_whole(data):
+                return data
+        raise DigestError(path, f"bytes with digest {version_of(data)}", f"digest {version}")
 
     def _make_current(self, name: AdapterName, version: str, data: bytes) -> None:
         self.files.write(f"{self.folder(name)}/{CURRENT}", version.encode())

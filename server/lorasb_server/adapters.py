@@ -10,6 +10,7 @@ from fastapi import APIRouter, Request
 
 from lorasb_runtime.adapters import catalog
 from lorasb_runtime.adapters.catalog import CatalogEntry
+from lorasb_runtime.adapters.loaded_adapter import LoadedAdapter
 from lorasb_runtime.adapters.names import AdapterName
 from lorasb_runtime.adapters.store import AdapterStore, StoredVersion
 from lorasb_runtime.errors import (
@@ -95,9 +96,12 @@ async def _publish(
     if service.config.is_base(str(target)) or service.config.is_base(shown):
         raise ConflictError(f"{shown}: this name is the base model's")
     data = await _read_body(request, max_file_bytes(loader.basis))
+
+    def swap() -> tuple[str | None, LoadedAdapter]:
+        return _current(loader.store, target), loader.publish(target, data)
+
     async with _room(service, caller, target):
-        previous = await loader.workers.call(_current, loader.store, target)
-        loaded = await loader.workers.call(loader.publish, target, data)
+        previous, loaded = await loader.workers.call(swap)
     return {
         "name": shown,
         "version": loaded.version,
