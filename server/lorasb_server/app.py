@@ -20,6 +20,7 @@ from lorasb_server.errors import install_handlers
 from lorasb_server.limits import RequestLog, SizeLimit
 from lorasb_server.metrics import Metrics
 from lorasb_server.models import model_routes
+from lorasb_server.responses import response_routes
 from lorasb_server.service import Service
 from lorasb_server.settings import ServerConfig
 from lorasb_server.tenants.key_ring import KeyRing
@@ -63,7 +64,14 @@ def create_app(
     app.add_middleware(SizeLimit, max_bytes=_largest_body(loader, config))
     app.add_middleware(Auth, keys=keys, meter=service.meter)
     app.add_middleware(RequestLog, metrics=service.metrics)
-    for routes in (chat_routes, completion_routes, model_routes, adapter_routes, token_routes):
+    for routes in (
+        chat_routes,
+        completion_routes,
+        response_routes,
+        model_routes,
+        adapter_routes,
+        token_routes,
+    ):
         app.include_router(routes(service))
 
     @app.get("/health")

@@ -2,7 +2,7 @@
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Iterable
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -23,7 +23,7 @@ def chat_routes(service: Service) -> APIRouter:
 
     @router.post("/v1/chat/completions")
     async def chat_completions(body: ChatRequest, request: Request, caller: AnyCaller) -> Response:
-        generation = await _prepare(service, caller, body)
+        generation = await prepare_chat(service, caller, body)
         if body.stream:
             payloads = _stream(body, generation)
             return await unless_gone(request, event_stream(payloads))
@@ -33,7 +33,8 @@ def chat_routes(service: Service) -> APIRouter:
     return router
 
 
-async def _prepare(service: Service, caller: Caller, body: ChatRequest) -> Generation:
+async def prepare_chat(service: Service, caller: Caller, body: ChatRequest) -> Generation:
+    """The conversation as tokens, checked and ready to run."""
     _ = body.wants_usage
     params = body.parameters()
     adapter = await service.resolve(caller, body.model, body.adapter)
@@ -115,14 +116,18 @@ def _logprobs(
 ) -> dict[str, Any] | None:
     if not body.logprobs:
         return None
-    content = [
+    return {"content": shown_logprobs(codec, entries), "refusal": None}
+
+
+def shown_logprobs(codec: TextCodec, entries: Iterable[TokenLogprob]) -> list[dict[str, Any]]:
+    """As OpenAI shows tokens that were chosen, each with the likeliest ones."""
+    return [
         {
             **_token(codec, entry.token, entry.logprob),
             "top_logprobs": [_token(codec, token, value) for token, value in entry.top],
         }
         for entry in entries
     ]
-    return {"content": content, "refusal": None}
 
 
 def _token(codec: TextCodec, token: int, logprob: float) -> dict[str, Any]:

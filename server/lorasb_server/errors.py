@@ -53,6 +53,7 @@ UNION_TAGS = (
     "<tokens>",
     "<token lists>",
     "<object>",
+    "<message>",
 )  # no part of a field
 
 
@@ -152,7 +153,7 @@ def _describe(error: Any) -> tuple[str | None, str]:
     if error["type"] == "json_invalid":
         return None, f"the body is not valid JSON: {error.get('ctx', {}).get('error', '')}"
     param = ".".join(where) or None
-    if unknown:
+    if unknown or error["type"] == "none_required":
         return param, f"{param}: this field is not supported"
     if error["type"] == "missing":
         return param, f"{param or 'body'}: this field is required"

@@ -1,4 +1,7 @@
-"""Server-sent events: one JSON object each, `[DONE]` at the end, errors as an event."""
+"""Server-sent events: one JSON object each, `[DONE]` at the end, errors as an event.
+
+An object that has a `type` is sent under it as the event's name, as the Responses API does.
+"""
 
 import contextlib
 import json
@@ -63,4 +66,5 @@ async def _events(
 
 
 def _event(payload: dict[str, Any]) -> str:
-    return f"data: {json.dumps(payload, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    name = f"event: {payload['type']}\n" if "type" in payload else ""
+    return f"{name}data: {json.dumps(payload, ensure_ascii=False, separators=(',', ':'))}\n\n"

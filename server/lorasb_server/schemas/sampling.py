@@ -1,4 +1,4 @@
-"""The fields that both generation endpoints share, and the one way they become parameters."""
+"""The fields that generation endpoints share, and the one way they become parameters."""
 
 import json
 from typing import Annotated, Any, Literal, TypeVar
@@ -87,15 +87,12 @@ class StructuredOutputs(Strict):
         return Grammar("lark", self.grammar) if self.grammar is not None else ANY_OBJECT
 
 
-class SamplingFields(Strict):
-    """OpenAI's fields common to chat and completions, vLLM's extras, and `adapter`."""
+class CommonFields(Strict):
+    """What all generation endpoints take: OpenAI's and vLLM's sampling fields, and `adapter`."""
 
     model: str
     adapter: AdapterField | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
-    n: Annotated[int, Field(ge=1)] | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
@@ -121,9 +118,17 @@ class SamplingFields(Strict):
     stop_token_ids: Annotated[list[TokenId], Field(fail_fast=True)] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
+    structured_outputs: StructuredOutputs | None = None
+
+
+class SamplingFields(CommonFields):
+    """What chat and completions have in common besides."""
+
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(ge=1)] | None = None
+    max_tokens: Annotated[int, Field(ge=1)] | None = None
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_PROMPT_LOGPROBS)] | None = None
     response_format: ResponseFormat | None = None
-    structured_outputs: StructuredOutputs | None = None
 
     @property
     def wants_usage(self) -> bool:
