@@ -1,6 +1,7 @@
 """The Responses API on an engine without a model: events, settings echoed, refusals by name."""
 
 import json
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -178,6 +179,7 @@ def test_settings_reach_the_engine_and_are_shown(client: OpenAI, engine: FakeEng
     assert engine.requests[-1].sampling.grammar
 
 
+FORM = {"type": "json_schema", "name": "answer"}
 REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"store": True}, "store", "keeps no responses"),
     ({"previous_response_id": "resp_1"}, "previous_response_id", "keeps no responses"),
@@ -209,6 +211,9 @@ REFUSED: list[tuple[dict[str, Any], str, str]] = [
     ({"input": [{"role": "tool", "content": ""}]}, "input.0.role", "tool"),
     ({"input": [{"role": "user", "content": None}]}, "input.0.content", "a string or a list"),
     ({"model": 5}, "model", "valid string"),
+    ({"user": "\ud800"}, "user", "valid Unicode"),
+    ({"text": {"format": {**FORM, "schema": {"minimum": math.nan}}}}, "text.format", "finite"),
+    ({"text": {"format": {**FORM, "schema": {"const": "\ud800"}}}}, "text.format", "Unicode"),
     (
         {"input": [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]},
         "input.0.content.0",
@@ -230,7 +235,10 @@ def test_refusals_name_the_field(
     body: dict[str, Any], param: str, text: str, url: str, engine: FakeEngine
 ) -> None:
     before = len(engine.requests)
-    response = httpx.post(f"{url}/responses", json={**ASK, **body})
+    content = json.dumps({**ASK, **body})  # httpx would refuse what is no JSON
+    response = httpx.post(
+        f"{url}/responses", content=content, headers={"Content-Type": "application/json"}
+    )
     assert response.status_code == 400, response.text
     error = response.json()["error"]
     assert error["type"] == "invalid_request_error"

@@ -21,6 +21,15 @@ from lorasb_runtime.errors import (
 )
 from lorasb_runtime.storage.adapter_file import max_file_bytes
 from lorasb_server.auth import AnyCaller, Publisher
+from lorasb_server.documented import PUT_FILE, failures
+from lorasb_server.schemas.answers import (
+    AdapterList,
+    AdapterVersions,
+    AdapterWithBasis,
+    Deleted,
+    Published,
+    RolledBack,
+)
 from lorasb_server.schemas.strict import Strict
 from lorasb_server.service import Service, from_store
 from lorasb_server.tenants.caller import Caller
@@ -37,23 +46,27 @@ class RollbackRequest(Strict):
 
 
 def adapter_routes(service: Service) -> APIRouter:
-    router = APIRouter(prefix="/v1/adapters")
+    router = APIRouter(
+        prefix="/v1/adapters", tags=["adapters"], responses=failures(401, 403, 404, 503)
+    )
 
-    @router.get("")
+    @router.get("", response_model=AdapterList)
     async def list_adapters(caller: AnyCaller) -> dict[str, Any]:
         loader = service.need_loader()
         read = partial(catalog.list_adapters, loader.store)
         data = _cards(caller, await service.list_for(caller, read))
         return {"object": "list", "basis": loader.basis.digest, "data": data}
 
-    @router.get("/{name:path}/versions")
+    @router.get("/{name:path}/versions", response_model=AdapterVersions)
     async def list_versions(name: str, caller: AnyCaller) -> dict[str, Any]:
         loader = service.need_loader()
         with _as_missing(name):
             versions = await from_store(loader, loader.store.versions, caller.readable(name))
         return {"object": "list", "data": [_version(v) for v in versions]}
 
-    @router.post("/{name:path}/rollback")
+    @router.post(
+        "/{name:path}/rollback", response_model=RolledBack, responses=failures(400, 409, 413)
+    )
     async def roll_back(
         name: str, caller: Publisher, body: RollbackRequest | None = None
     ) -> dict[str, Any]:
@@ -63,7 +76,7 @@ def adapter_routes(service: Service) -> APIRouter:
         loaded = await from_store(loader, loader.rollback, target, body.version if body else None)
         return {"name": caller.shown(loaded.name), "version": loaded.version}
 
-    @router.get("/{name:path}")
+    @router.get("/{name:path}", response_model=AdapterWithBasis)
     async def get_adapter(name: str, caller: AnyCaller) -> dict[str, Any]:
         loader = service.need_loader()
         target = caller.readable(name)
@@ -71,12 +84,17 @@ def adapter_routes(service: Service) -> APIRouter:
             entry = await from_store(loader, catalog.describe, loader.store, target)
         return {**_card(caller, entry), "basis": entry.basis}
 
-    @router.put("/{name:path}")
+    @router.put(
+        "/{name:path}",
+        response_model=Published,
+        responses=failures(400, 409, 413, 422, 429),
+        openapi_extra=PUT_FILE,
+    )
     async def put_adapter(name: str, request: Request, caller: Publisher) -> dict[str, Any]:
         service.need_loader()
         return await _publish(service, caller, caller.writable(name), request)
 
-    @router.delete("/{name:path}")
+    @router.delete("/{name:path}", response_model=Deleted, responses=failures(409))
     async def delete_adapter(name: str, caller: Publisher) -> dict[str, Any]:
         loader = service.need_loader()
         target = caller.writable(name)

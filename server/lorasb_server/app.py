@@ -4,7 +4,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, nullcontext
 
 from fastapi import FastAPI
-from fastapi.responses import JSONResponse, Response
+from fastapi.responses import JSONResponse, PlainTextResponse, Response
 
 from lorasb_runtime.adapters.loader import AdapterLoader
 from lorasb_runtime.adapters.memory_cache import MemoryCache
@@ -16,11 +16,13 @@ from lorasb_server.auth import Admin, Auth
 from lorasb_server.blender import Blender, encoded_length
 from lorasb_server.chat import chat_routes
 from lorasb_server.completions import completion_routes
+from lorasb_server.documented import READINESS, failures
 from lorasb_server.errors import install_handlers
 from lorasb_server.limits import RequestLog, SizeLimit
 from lorasb_server.metrics import Metrics
 from lorasb_server.models import model_routes
 from lorasb_server.responses import response_routes
+from lorasb_server.schemas.answers import Status
 from lorasb_server.service import Service
 from lorasb_server.settings import ServerConfig
 from lorasb_server.tenants.key_ring import KeyRing
@@ -74,16 +76,21 @@ def create_app(
     ):
         app.include_router(routes(service))
 
-    @app.get("/health")
+    @app.get("/health", response_model=Status, tags=["operations"])
     async def health() -> dict[str, str]:
         return {"status": "alive"}
 
-    @app.get("/ready")
+    @app.get("/ready", tags=["operations"], response_model=Status, responses=READINESS)
     async def is_ready() -> Response:
         body = {"status": "ready" if ready else "loading"}
         return JSONResponse(body, 200 if ready else 503)
 
-    @app.get("/metrics")
+    @app.get(
+        "/metrics",
+        tags=["operations"],
+        response_class=PlainTextResponse,
+        responses=failures(401, 403),
+    )
     async def metrics(_: Admin) -> Response:
         return Response(service.metrics.render(), media_type=METRICS_TYPE)
 

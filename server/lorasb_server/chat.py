@@ -11,7 +11,9 @@ from fastapi.responses import JSONResponse, Response
 from lorasb_runtime.engines.base import TokenLogprob
 from lorasb_runtime.models.text import TextCodec
 from lorasb_server.auth import AnyCaller
+from lorasb_server.documented import generated
 from lorasb_server.generate import Choice, Generation, check_limits, finite, unless_gone
+from lorasb_server.schemas.answers import ChatCompletion
 from lorasb_server.schemas.chat import ChatRequest
 from lorasb_server.service import Service
 from lorasb_server.sse import event_stream
@@ -19,9 +21,9 @@ from lorasb_server.tenants.caller import Caller
 
 
 def chat_routes(service: Service) -> APIRouter:
-    router = APIRouter()
+    router = APIRouter(tags=["generate"])
 
-    @router.post("/v1/chat/completions")
+    @router.post("/v1/chat/completions", responses=generated(ChatCompletion))
     async def chat_completions(body: ChatRequest, request: Request, caller: AnyCaller) -> Response:
         generation = await prepare_chat(service, caller, body)
         if body.stream:

@@ -15,9 +15,11 @@ from lorasb_runtime.engines.base import Chunk
 from lorasb_runtime.errors import InputError, LorasbError, OverloadedError
 from lorasb_server.auth import AnyCaller
 from lorasb_server.chat import prepare_chat, shown_logprobs
+from lorasb_server.documented import generated
 from lorasb_server.errors import FieldError
 from lorasb_server.generate import Generation, unless_gone
 from lorasb_server.response_output import Event, ResponseOutput
+from lorasb_server.schemas.answers import ResponseAnswer
 from lorasb_server.schemas.responses import ResponsesRequest, renamed
 from lorasb_server.service import Service
 from lorasb_server.sse import event_stream
@@ -27,9 +29,9 @@ logger = logging.getLogger(__name__)
 
 
 def response_routes(service: Service) -> APIRouter:
-    router = APIRouter()
+    router = APIRouter(tags=["generate"])
 
-    @router.post("/v1/responses")
+    @router.post("/v1/responses", responses=generated(ResponseAnswer))
     async def responses(body: ResponsesRequest, request: Request, caller: AnyCaller) -> Response:
         answer = await _prepare(service, caller, body)
         if body.stream:

@@ -7,7 +7,9 @@ from fastapi import APIRouter
 from pydantic import Field
 
 from lorasb_server.auth import AnyCaller
+from lorasb_server.documented import failures
 from lorasb_server.errors import FieldError
+from lorasb_server.schemas.answers import Detokenized, Tokenized
 from lorasb_server.schemas.chat import Message
 from lorasb_server.schemas.sampling import TokenId
 from lorasb_server.schemas.strict import Strict, Text
@@ -30,11 +32,11 @@ class DetokenizeRequest(Strict):
 
 
 def token_routes(service: Service) -> APIRouter:
-    router = APIRouter()
+    router = APIRouter(tags=["tokens"], responses=failures(400, 401, 404, 413, 503))
     codec = service.engine.codec
     info = service.engine.info
 
-    @router.post("/tokenize")
+    @router.post("/tokenize", response_model=Tokenized)
     async def tokenize(body: TokenizeRequest, caller: AnyCaller) -> dict[str, Any]:
         if body.model is not None:
             await service.resolve(caller, body.model, None)
@@ -59,7 +61,7 @@ def token_routes(service: Service) -> APIRouter:
             )
         return {"count": len(tokens), "max_model_len": info.max_model_len, "tokens": tokens}
 
-    @router.post("/detokenize")
+    @router.post("/detokenize", response_model=Detokenized)
     async def detokenize(body: DetokenizeRequest, caller: AnyCaller) -> dict[str, Any]:
         if body.model is not None:
             await service.resolve(caller, body.model, None)

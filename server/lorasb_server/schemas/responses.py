@@ -16,7 +16,7 @@ from lorasb_server.schemas.sampling import (
     ResponseFormat,
     TextFormat,
 )
-from lorasb_server.schemas.strict import Strict, Text
+from lorasb_server.schemas.strict import JsonObject, Strict, Text
 
 # The chat request's names for what this one calls otherwise.
 RENAMED = {
@@ -79,7 +79,7 @@ class TextJsonSchema(JsonSchema):
     """Chat's `json_schema` without the nesting."""
 
     type: Literal["json_schema"]
-    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    schema_: Annotated[JsonObject, Field(alias="schema")]
 
 
 class TextConfig(Strict):

@@ -8,7 +8,7 @@ from pydantic import Discriminator, Field, Tag
 from lorasb_runtime.engines.base import Grammar, SamplingParams
 from lorasb_server.errors import FieldError
 from lorasb_server.schemas.adapter import AdapterField
-from lorasb_server.schemas.strict import Strict, Text
+from lorasb_server.schemas.strict import JsonObject, Strict, Text
 
 MAX_STOPS = 16
 MAX_BIASES = 4096
@@ -45,8 +45,8 @@ class JsonSchema(Strict):
     """`strict` changes nothing: the schema is always kept to."""
 
     name: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]{1,64}$")]
-    description: str | None = None
-    schema_: Annotated[dict[str, Any] | None, Field(alias="schema")] = None
+    description: Text | None = None
+    schema_: Annotated[JsonObject | None, Field(alias="schema")] = None
     strict: bool | None = None
 
 
@@ -110,7 +110,7 @@ class CommonFields(Strict):
         Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=MAX_BIASES)]
         | None
     ) = None
-    user: str | None = None
+    user: Text | None = None
     top_k: Annotated[int, Field(ge=-1)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None

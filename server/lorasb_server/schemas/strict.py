@@ -1,6 +1,7 @@
-"""What all bodies are made of: models without coercion, and text that can be encoded."""
+"""What all bodies are made of: models without coercion, and values that can be sent back."""
 
-from typing import Annotated
+import json
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
 from pydantic_core import PydanticCustomError
@@ -21,4 +22,16 @@ def _encodable(text: str) -> str:
     return text
 
 
+def _encodable_object(value: dict[str, Any]) -> dict[str, Any]:
+    """Python's parser takes numbers too that JSON does not have."""
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+    except ValueError:
+        raise PydanticCustomError(
+            "not_json", "Input should be JSON with valid Unicode text and finite numbers"
+        ) from None
+    return value
+
+
 Text = Annotated[str, AfterValidator(_encodable)]
+JsonObject = Annotated[dict[str, Any], AfterValidator(_encodable_object)]
