@@ -36,10 +36,8 @@ PUT_FILE: dict[str, Any] = {
 
 def failures(*statuses: int) -> Documented:
     """The document's entries for these failures, and for any other."""
-    return {
-        status: {"model": ErrorAnswer, "description": FAILURES[status]}
-        for status in (*statuses, "default")
-    }
+    named: list[int | str] = [*statuses, "default"]
+    return {status: {"model": ErrorAnswer, "description": FAILURES[status]} for status in named}
 
 
 def generated(answer: type[Answer]) -> Documented:
