@@ -11,10 +11,9 @@ from openai import OpenAI
 from pydantic import BaseModel, Field
 
 
-class Review(BaseModel):
-    mood: Literal["happy", "angry", "indifferent"]
-    stars: Annotated[int, Field(ge=1, le=5)]
-    recommends: bool
+class Country(BaseModel):
+    capital: Annotated[str, Field(max_length=20)]
+    continent: Literal["Africa", "America", "Asia", "Europe", "Oceania"]
 
 
 client = OpenAI(
@@ -23,15 +22,16 @@ client = OpenAI(
 )
 model = sys.argv[1] if len(sys.argv) > 1 else next(iter(client.models.list())).id
 
+question = "What is the capital of France, and the continent?"
+
 completion = client.chat.completions.parse(
     model=model,
-    messages=[{"role": "user", "content": "Rate this review: 'Best soup I ever had!'"}],
-    response_format=Review,
+    messages=[{"role": "user", "content": question}],
+    response_format=Country,
+    temperature=0,
 )
 print(completion.choices[0].message.parsed)
 
 # The same by the Responses API.
-response = client.responses.parse(
-    model=model, input="Rate this review: 'My soup was cold.'", text_format=Review
-)
+response = client.responses.parse(model=model, input=question, text_format=Country, temperature=0)
 print(response.output_parsed)

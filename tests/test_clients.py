@@ -89,6 +89,16 @@ def test_streams_say_what_whole_answers_say(client: OpenAI) -> None:
     assert answers[0] != answers[1]
 
 
+def test_usage_tells_the_cached_tokens(client: OpenAI) -> None:
+    said(client, "alice")  # now the prompt is in the cache
+    chat = client.chat.completions.create(model="alice", **CHAT).usage
+    response = client.responses.create(model="alice", **RESPONSE).usage
+    assert chat and chat.prompt_tokens_details and response
+    cached = chat.prompt_tokens_details.cached_tokens
+    assert cached and cached == response.input_tokens_details.cached_tokens
+    assert response.total_tokens == response.input_tokens + response.output_tokens
+
+
 def test_the_async_client_reads_the_same(url: str, client: OpenAI) -> None:
     async def ask(openai: AsyncOpenAI, model: str) -> dict[str, str]:
         chat, plain, response = await asyncio.gather(
