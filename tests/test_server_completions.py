@@ -99,7 +99,7 @@ def test_tokenize_and_detokenize(url: str, engine: FakeEngine) -> None:
     for generation in (True, False):
         body = {"model": "pico", "messages": messages, "add_generation_prompt": generation}
         tokens = httpx.post(f"{url}/tokenize", json=body).json()["tokens"]
-        assert tokens == codec.encode_chat(messages, generation_prompt=generation)
+        assert tokens == codec.encode_chat(messages, add_generation_prompt=generation)
     ids = codec.encode(text)
     assert httpx.post(f"{url}/detokenize", json={"tokens": ids}).json() == {"prompt": text}
 

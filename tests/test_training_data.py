@@ -45,7 +45,7 @@ def test_every_assistant_turn_of_a_chat_is_learned() -> None:
     ]
     example = encode_example({"messages": messages}, CODEC)
     assert learned(example) == "one<|im_end|>two<|im_end|>"
-    assert whole(example) == CODEC.render_chat(messages, generation_prompt=False)
+    assert whole(example) == CODEC.render_chat(messages, add_generation_prompt=False)
 
 
 def test_white_space_after_an_end_of_turn_of_its_own_is_not_learned() -> None:

@@ -1,5 +1,6 @@
 """Text to tokens and back: encoding, the chat template, and decoding one token at a time."""
 
+import re
 from typing import Any
 
 from lorasb_runtime.errors import InputError
@@ -18,26 +19,53 @@ class TextCodec:
         ids: list[int] = self.tokenizer.encode(text, add_special_tokens=special_tokens)
         return ids
 
-    def encode_chat(
-        self, messages: list[dict[str, Any]], *, generation_prompt: bool = True
-    ) -> list[int]:
+    @property
+    def chat_template(self) -> str:
+        """The source of the model's chat template, of the one for tools where there are several."""
+        template = self.tokenizer.chat_template or ""
+        if isinstance(template, dict):
+            template = template.get("tool_use") or template.get("default") or ""
+        return str(template)
+
+    @property
+    def takes_tools(self) -> bool:
+        """Whether the chat template writes out the tools that it is given."""
+        return re.search(r"\btools\b", self.chat_template) is not None
+
+    @property
+    def special_tokens(self) -> frozenset[str]:
+        """The texts of the tokens that `skip_special_tokens` leaves out."""
+        return frozenset(self.tokenizer.all_special_tokens)
+
+    def encode_chat(self, messages: list[dict[str, Any]], **options: Any) -> list[int]:
         """Token ids of a conversation in the model's chat template, ready for the answer.
 
-        Raises InputError as `render_chat` does.
+        options: those of `render_chat`. Raises InputError as it does.
         """
-        text = self.render_chat(messages, generation_prompt=generation_prompt)
-        return self.encode(text, special_tokens=False)
+        return self.encode(self.render_chat(messages, **options), special_tokens=False)
 
-    def render_chat(self, messages: list[dict[str, Any]], *, generation_prompt: bool) -> str:
+    def render_chat(
+        self,
+        messages: list[dict[str, Any]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: list[dict[str, Any]] | None = None,
+        **options: Any,
+    ) -> str:
         """A conversation's text in the model's chat template.
 
-        Raises InputError when the model has no template or the template refuses the messages.
+        tools: as transformers' `apply_chat_template` takes them, and options besides. Raises
+        InputError when the model has no template or the template refuses the messages.
         """
         if not self.tokenizer.chat_template:
             raise InputError("this model has no chat template; use plain prompts instead")
         try:
             text: str = self.tokenizer.apply_chat_template(
-                messages, tokenize=False, add_generation_prompt=generation_prompt
+                messages,
+                tools=tools or None,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                **options,
             )
         except Exception as error:  # Jinja templates raise whatever their authors chose
             raise InputError(f"the chat template refuses these messages: {error}") from None

@@ -138,8 +138,8 @@ def _encode_chat(messages: Any, codec: TextCodec) -> Example:
     for i, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        prompt = codec.render_chat(messages[:i], generation_prompt=True)
-        whole = codec.render_chat(messages[: i + 1], generation_prompt=False)
+        prompt = codec.render_chat(messages[:i], add_generation_prompt=True)
+        whole = codec.render_chat(messages[: i + 1], add_generation_prompt=False)
         if not (prompt.startswith(rendered) and whole.startswith(prompt)):
             raise InputError("the chat template does not put turns one after the other")
         context = codec.encode(prompt[len(rendered) :], special_tokens=False)

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -18,6 +19,17 @@ from lorasb_server.schemas.chat import ChatRequest
 from lorasb_server.service import Service
 from lorasb_server.sse import event_stream
 from lorasb_server.tenants.caller import Caller
+from lorasb_server.toolcalls.prompt import chat_tokens
+from lorasb_server.toolcalls.reader import ArgumentsDelta, CallBegin, CallReader, Delta, TextDelta
+from lorasb_server.toolcalls.tool_use import ToolUse
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A checked chat request that is ready to run, and how its answer is read."""
+
+    generation: Generation
+    tools: ToolUse
 
 
 def chat_routes(service: Service) -> APIRouter:
@@ -25,45 +37,73 @@ def chat_routes(service: Service) -> APIRouter:
 
     @router.post("/v1/chat/completions", responses=generated(ChatCompletion))
     async def chat_completions(body: ChatRequest, request: Request, caller: AnyCaller) -> Response:
-        generation = await prepare_chat(service, caller, body)
+        chat = await prepare_chat(service, caller, body)
         if body.stream:
-            payloads = _stream(body, generation)
-            return await unless_gone(request, event_stream(payloads))
-        choices = await unless_gone(request, generation.collect())
-        return JSONResponse(_whole(body, generation, choices))
+            return await unless_gone(request, event_stream(_stream(body, chat)))
+        choices = await unless_gone(request, chat.generation.collect())
+        return JSONResponse(_whole(body, chat, choices))
 
     return router
 
 
-async def prepare_chat(service: Service, caller: Caller, body: ChatRequest) -> Generation:
+async def prepare_chat(service: Service, caller: Caller, body: ChatRequest) -> Conversation:
     """The conversation as tokens, checked and ready to run."""
     _ = body.wants_usage
     params = body.parameters()
     adapter = await service.resolve(caller, body.model, body.adapter)
     codec = service.engine.codec
-    prompt = await asyncio.to_thread(codec.encode_chat, body.template_input())
+    use = ToolUse.of(body, codec)
+    options = body.template_options()
+    prompt = await asyncio.to_thread(
+        chat_tokens, codec, body.template_input(), use.tools, forced=use.forced, **options
+    )
     n = body.n or 1
     length_param = body.limit_field or "messages"
     check_limits(service, [prompt], params, n, asked=params.max_tokens, length_param=length_param)
-    return Generation(service, caller, [prompt], params, adapter, n)
+    generation = Generation(service, caller, [prompt], use.sampling(params, codec), adapter, n)
+    return Conversation(generation, use)
 
 
-def _whole(body: ChatRequest, generation: Generation, choices: list[Choice]) -> dict[str, Any]:
+def _whole(body: ChatRequest, chat: Conversation, choices: list[Choice]) -> dict[str, Any]:
+    generation = chat.generation
     codec = generation.service.engine.codec
-    return {
-        **_head(body, generation, "chat.completion"),
-        "choices": [
+    shown = []
+    for index, choice in enumerate(choices):
+        message = read_message(chat.tools, choice.text)
+        calls = len(message.get("tool_calls", ()))
+        shown.append(
             {
                 "index": index,
-                "message": {"role": "assistant", "content": choice.text, "refusal": None},
+                "message": message,
                 "logprobs": _logprobs(body, codec, choice.logprobs),
-                "finish_reason": choice.finish_reason,
+                "finish_reason": chat.tools.finish_reason(choice.finish_reason, calls),
             }
-            for index, choice in enumerate(choices)
-        ],
+        )
+    return {
+        **_head(body, generation, "chat.completion"),
+        "choices": shown,
         "usage": generation.usage(),
         **_prompt_logprobs(body, generation),
     }
+
+
+def read_message(tools: ToolUse, text: str) -> dict[str, Any]:
+    """An answer's text as the assistant's message."""
+    reader = tools.reader()
+    content, calls = "", []
+    for delta in (*reader.feed(text), *reader.finish()):
+        match delta:
+            case TextDelta():
+                content += delta.text
+            case CallBegin():
+                function = {"name": delta.name, "arguments": ""}
+                calls.append({"id": delta.id, "type": "function", "function": function})
+            case ArgumentsDelta():
+                calls[delta.index]["function"]["arguments"] += delta.text
+    message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
+    if calls:
+        message |= {"content": content or None, "tool_calls": calls}
+    return message
 
 
 def _prompt_logprobs(body: ChatRequest, generation: Generation) -> dict[str, Any]:
@@ -72,36 +112,52 @@ def _prompt_logprobs(body: ChatRequest, generation: Generation) -> dict[str, Any
     return {"prompt_logprobs": generation.shown_prompt_logprobs(0)}
 
 
-async def _stream(
-    body: ChatRequest, generation: Generation
-) -> AsyncGenerator[dict[str, Any], None]:
-    """Chunks in OpenAI's form: first the role, then text, last the reason, then the usage."""
+async def _stream(body: ChatRequest, chat: Conversation) -> AsyncGenerator[dict[str, Any], None]:
+    """Chunks in OpenAI's form: first the role, then text and calls, the reason, the usage."""
+    generation = chat.generation
     head = _head(body, generation, "chat.completion.chunk")
     if body.wants_usage:
         head["usage"] = None
     codec = generation.service.engine.codec
-    pending: dict[int, Choice] = {}
+    readers: dict[int, CallReader] = {}
+    unsent: dict[int, list[TokenLogprob]] = {}  # of tokens that gave nothing to send so far
 
-    def payload(index: int, delta: dict[str, Any], **more: Any) -> dict[str, Any]:
-        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
-        return {**head, "choices": [{**choice, **more}]}
+    def payload(index: int, delta: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
+        entries = unsent[index] if delta.keys() - {"role"} or reason else []
+        logprobs = _logprobs(body, codec, entries) if entries else None
+        choice = {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": reason}
+        if entries:
+            unsent[index] = []
+        return {**head, "choices": [choice]}
 
     async with contextlib.aclosing(generation.chunks()) as chunks:
         async for index, chunk in chunks:
-            if index not in pending:
-                pending[index] = Choice()
+            if index not in readers:
+                readers[index], unsent[index] = chat.tools.reader(), []
                 yield payload(index, {"role": "assistant", "content": ""})
-            choice = pending[index]
-            choice.add(chunk)
-            if choice.text:
-                logprobs = _logprobs(body, codec, choice.logprobs)
-                yield payload(index, {"content": choice.text}, logprobs=logprobs)
-                choice.text, choice.logprobs = "", []
-            if choice.finish_reason is not None:
-                rest = _logprobs(body, codec, choice.logprobs) if choice.logprobs else None
-                yield payload(index, {}, logprobs=rest, finish_reason=choice.finish_reason)
+            reader = readers[index]
+            unsent[index] += chunk.logprobs
+            for delta in reader.feed(chunk.text):
+                yield payload(index, _delta(delta))
+            if chunk.finish_reason is not None:
+                for delta in reader.finish():
+                    yield payload(index, _delta(delta))
+                reason = chat.tools.finish_reason(chunk.finish_reason, reader.calls)
+                yield payload(index, {}, reason)
     if body.wants_usage:
         yield {**head, "choices": [], "usage": generation.usage()}
+
+
+def _delta(delta: Delta) -> dict[str, Any]:
+    match delta:
+        case TextDelta():
+            return {"content": delta.text}
+        case CallBegin():
+            function = {"name": delta.name, "arguments": ""}
+            call: dict[str, Any] = {"id": delta.id, "type": "function", "function": function}
+        case ArgumentsDelta():
+            call = {"function": {"arguments": delta.text}}
+    return {"tool_calls": [{"index": delta.index, **call}]}
 
 
 def _head(body: ChatRequest, generation: Generation, kind: str) -> dict[str, Any]:

@@ -43,9 +43,10 @@ def response_routes(service: Service) -> APIRouter:
 
 async def _prepare(service: Service, caller: Caller, body: ResponsesRequest) -> "Answer":
     try:
-        return Answer(body, await prepare_chat(service, caller, body.as_chat()))
+        chat = await prepare_chat(service, caller, body.as_chat())
     except FieldError as error:
         raise renamed(error) from None
+    return Answer(body, chat.generation)
 
 
 @dataclass

@@ -14,6 +14,7 @@ from lorasb_server.schemas.chat import Message
 from lorasb_server.schemas.sampling import TokenId
 from lorasb_server.schemas.strict import Strict, Text
 from lorasb_server.service import Service
+from lorasb_server.toolcalls.prompt import chat_tokens
 
 
 class TokenizeRequest(Strict):
@@ -46,9 +47,11 @@ def token_routes(service: Service) -> APIRouter:
             if body.add_special_tokens is not None:
                 raise FieldError("add_special_tokens", "add_special_tokens: goes with prompt")
             tokens = await asyncio.to_thread(
-                codec.encode_chat,
+                chat_tokens,
+                codec,
                 [m.as_template_input() for m in body.messages],
-                generation_prompt=body.add_generation_prompt is not False,
+                [],
+                add_generation_prompt=body.add_generation_prompt is not False,
             )
         else:
             if body.add_generation_prompt is not None:

@@ -13,6 +13,7 @@ from lorasb_server.schemas.sampling import (
     JsonObjectFormat,
     JsonSchema,
     JsonSchemaFormat,
+    Metadata,
     ResponseFormat,
     TextFormat,
 )
@@ -27,10 +28,6 @@ RENAMED = {
 }
 STATELESS = "this server keeps no responses; send the whole conversation as input"
 
-Metadata = Annotated[
-    dict[Annotated[Text, Field(max_length=64)], Annotated[Text, Field(max_length=512)]],
-    Field(max_length=16),
-]
 ItemStatus = Literal["in_progress", "completed", "incomplete"]
 
 

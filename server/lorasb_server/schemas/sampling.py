@@ -29,8 +29,15 @@ TokenId = Annotated[int, Field(ge=0)]
 TEXT_OR_LIST = Discriminator(_text_or_list, "text_or_list", "Input should be a string or a list")
 
 
+Metadata = Annotated[
+    dict[Annotated[Text, Field(max_length=64)], Annotated[Text, Field(max_length=512)]],
+    Field(max_length=16),
+]
+
+
 class StreamOptions(Strict):
     include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
 
 
 class TextFormat(Strict):
@@ -136,6 +143,10 @@ class SamplingFields(CommonFields):
         if self.stream_options is not None and not self.stream:
             raise FieldError("stream_options", "stream_options: only allowed with stream")
         return bool(self.stream_options and self.stream_options.include_usage)
+
+    @property
+    def has_grammar(self) -> bool:
+        return self._grammar() is not None
 
     def sampling(self, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
         """The engine's parameters; null fields take OpenAI's defaults.
