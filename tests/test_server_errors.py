@@ -39,7 +39,7 @@ def url(engine: FakeEngine, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 
 
 BOTH: list[tuple[dict[str, Any], str, str]] = [
-    *[({name: 1}, name, "not supported") for name in ("metadata", "tools", "path", "body", "<x>")],
+    *[({name: 1}, name, "not supported") for name in ("functions", "audio", "path", "body", "<x>")],
     *[({name: "5"}, name, "valid") for name in ("temperature", "n", "seed", "max_tokens", "min_p")],
     *[({name: True}, name, "valid") for name in ("temperature", "n", "top_k", "min_tokens")],
     ({"temperature": 2.1}, "temperature", "less than or equal"),
@@ -76,13 +76,38 @@ def chat_of(**message: Any) -> dict[str, Any]:
 
 
 IMAGE = [{"type": "image_url", "image_url": {"url": "x"}}]
+TOOL = {"type": "function", "function": {"name": "add"}}
+NAMED = {"type": "function", "function": {"name": "sub"}}
+CALL = {"id": "1", "type": "function", "function": {"name": "add", "arguments": "{}"}}
+BAD_CALL = {**CALL, "function": {"name": "add", "arguments": "[1]"}}
+CALL_TYPE = "messages.1.tool_calls.0.type"
 CHAT_ONLY: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": []}, "messages", "at least 1"),
     ({"messages": "x"}, "messages", "valid list"),
-    (chat_of(role="tool", content="x"), "messages.1.role", "tool"),
-    (chat_of(role="assistant", content="", tool_calls=[]), "messages.1.tool_calls", "supported"),
-    (chat_of(role="user", content=None), "messages.1.content", "a string or a list"),
-    (chat_of(role="user", content=IMAGE), "messages.1.content.0.type", "image_url"),
+    (chat_of(role="function", content="x"), "messages.1.role", "tool"),
+    (chat_of(role="tool", content="x"), "messages.1", "tool_call_id: missing"),
+    (chat_of(role="user", content="x", tool_calls=[CALL]), "messages.1", "with role user"),
+    (chat_of(role="assistant", tool_calls=[{**CALL, "type": "x"}]), CALL_TYPE, "function"),
+    (chat_of(role="assistant", tool_calls=[BAD_CALL]), "messages", "a JSON object"),
+    (chat_of(role="assistant"), "messages.1", "content: missing"),
+    (chat_of(role="user", content=None), "messages.1", "content: missing"),
+    (chat_of(role="user", content=3), "messages.1.content", "a string or a list"),
+    (chat_of(role="user", content=IMAGE), "messages.1.content.0", "image_url"),
+    ({"tools": 1}, "tools", "valid list"),
+    ({"tools": [TOOL, TOOL]}, "tools", "two functions named 'add'"),
+    ({"tools": [{"type": "custom"}]}, "tools.0.type", "function"),
+    ({"tool_choice": "auto"}, "tool_choice", "only allowed with tools"),
+    ({"parallel_tool_calls": True}, "parallel_tool_calls", "only allowed with tools"),
+    ({"tools": [TOOL], "tool_choice": NAMED}, "tool_choice", "found 'sub'"),
+    (
+        {"tools": [TOOL], "response_format": {"type": "json_object"}},
+        "tool_choice",
+        "only go with none",
+    ),
+    ({"metadata": 1}, "metadata", "valid dictionary"),
+    ({"store": True}, "store", "False"),
+    ({"continue_final_message": True}, "continue_final_message", "the assistant's"),
+    ({"chat_template_kwargs": {"tools": []}}, "chat_template_kwargs", "a field of its own"),
     ({"top_logprobs": 1}, "top_logprobs", "only allowed with logprobs"),
     ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "less than or equal"),
     ({"logprobs": 1}, "logprobs", "valid boolean"),

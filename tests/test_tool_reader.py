@@ -1,6 +1,7 @@
 """Tool calls in the text of each family of models, however the text is cut into chunks."""
 
 import json
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ NAMES = {"weather", "add"}
 WEATHER = '{"name": "weather", "arguments": {"city": "Bern {[\\"]}", "days": [1, 2]}}'
 ADD = '{"name": "add", "parameters": {"a": 1}, "id": {"x": "}"}}'
 W_ARGS, A_ARGS = '{"city": "Bern {[\\"]}", "days": [1, 2]}', '{"a": 1}'
+
+UNKNOWN = '<tool_call>{"name": "rm", "arguments": {}}'
 
 CASES: list[tuple[ToolFormat, str, str, list[tuple[str, str]]]] = [
     (HERMES, "Just text. ", "Just text. ", []),
@@ -83,7 +86,7 @@ def test_calls_are_read(
 def test_chunks_may_be_cut_anywhere(case: Any, cuts: list[int]) -> None:
     form, text, said, calls = case
     places = sorted({0, len(text), *(cut for cut in cuts if cut < len(text))})
-    pieces = [text[a:b] for a, b in zip(places, places[1:], strict=False)]
+    pieces = [text[a:b] for a, b in pairwise(places)]
     assert read(CallReader(form, NAMES), pieces) == (said, calls)
 
 

@@ -91,15 +91,16 @@ def read_message(tools: ToolUse, text: str) -> dict[str, Any]:
     """An answer's text as the assistant's message."""
     reader = tools.reader()
     content, calls = "", []
+    functions: list[dict[str, str]] = []
     for delta in (*reader.feed(text), *reader.finish()):
         match delta:
             case TextDelta():
                 content += delta.text
             case CallBegin():
-                function = {"name": delta.name, "arguments": ""}
-                calls.append({"id": delta.id, "type": "function", "function": function})
+                functions.append({"name": delta.name, "arguments": ""})
+                calls.append({"id": delta.id, "type": "function", "function": functions[-1]})
             case ArgumentsDelta():
-                calls[delta.index]["function"]["arguments"] += delta.text
+                functions[delta.index]["arguments"] += delta.text
     message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None}
     if calls:
         message |= {"content": content or None, "tool_calls": calls}

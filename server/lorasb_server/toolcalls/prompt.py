@@ -61,7 +61,7 @@ def plain_messages(
 
 def forced_call(tools: Iterable[dict[str, Any]]) -> Grammar:
     """One call of one of these functions, as the JSON object of name and arguments."""
-    calls = []
+    calls: list[dict[str, Any]] = []
     for tool in tools:
         function = tool["function"]
         place = f"#/anyOf/{len(calls)}/properties/arguments"

@@ -147,7 +147,8 @@ class CallReader:
         if rest.startswith("{"):
             self._buffer, self._state = rest, "object"
         elif rest[:1] in SEPARATORS:
-            self._marker += self._buffer[: len(self._buffer) - len(rest) + 1]
+            if self._marker:  # no call has come yet
+                self._marker += self._buffer[: len(self._buffer) - len(rest) + 1]
             self._buffer = rest[1:]
         elif named and named[1] in self._names:
             self._buffer = rest[named.end() :]
