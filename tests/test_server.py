@@ -340,7 +340,7 @@ def test_tokenize_and_detokenize(url: str, pico: Path) -> None:
 CHAT = {"model": "pico", "messages": MESSAGES}
 PLAIN = {"model": "pico", "prompt": "x"}
 REFUSED: list[tuple[str, dict[str, Any], int, str | None]] = [
-    ("chat/completions", {**CHAT, "tools": []}, 400, "tools"),
+    ("chat/completions", {**CHAT, "functions": []}, 400, "functions"),
     ("chat/completions", {**CHAT, "nonsense": 1}, 400, "nonsense"),
     ("chat/completions", {**CHAT, "temperature": "1"}, 400, "temperature"),
     ("chat/completions", {**CHAT, "temperature": 3}, 400, "temperature"),
