@@ -156,7 +156,9 @@ class AdapterCard(AdapterVersion):
     """Its current version."""
 
     name: str
-    versions: int = Field(description="How many versions the store has.")
+    versions: int | None = Field(
+        description="How many versions the store has; null where it cannot be listed."
+    )
 
 
 class AdapterWithBasis(AdapterCard):
