@@ -54,6 +54,9 @@ UNION_TAGS = (
     "<token lists>",
     "<object>",
     "<message>",
+    "<text message>",
+    "<assistant>",
+    "<tool>",
 )  # no part of a field
 
 

@@ -10,7 +10,7 @@ from lorasb_server.auth import AnyCaller
 from lorasb_server.documented import failures
 from lorasb_server.errors import FieldError
 from lorasb_server.schemas.answers import Detokenized, Tokenized
-from lorasb_server.schemas.chat import Message
+from lorasb_server.schemas.messages import Message
 from lorasb_server.schemas.sampling import TokenId
 from lorasb_server.schemas.strict import Strict, Text
 from lorasb_server.service import Service

@@ -1,15 +1,15 @@
 """Body of POST /v1/chat/completions."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, Tag, model_validator
-from pydantic_core import PydanticCustomError
+from pydantic import Field
 
 from lorasb_runtime.engines.base import SamplingParams
 from lorasb_server.errors import FieldError
-from lorasb_server.schemas.sampling import TEXT_OR_LIST, Metadata, SamplingFields
-from lorasb_server.schemas.strict import JsonObject, Strict, Text
-from lorasb_server.schemas.tools import ToolCall, ToolFields
+from lorasb_server.schemas.messages import Message
+from lorasb_server.schemas.sampling import Metadata, SamplingFields
+from lorasb_server.schemas.strict import JsonObject, Text
+from lorasb_server.schemas.tools import ToolFields
 
 MAX_TOP_LOGPROBS = 20
 # Arguments of the template that other fields or the server itself set.
@@ -27,69 +27,6 @@ RESERVED = {
     "tools",
     "truncation",
 }
-
-
-class TextPart(Strict):
-    type: Literal["text"]
-    text: Text
-
-
-class RefusalPart(Strict):
-    """What the assistant said instead of an answer, in an earlier turn."""
-
-    type: Literal["refusal"]
-    refusal: Text
-
-
-ContentPart = Annotated[TextPart | RefusalPart, Field(discriminator="type")]
-# What a message of each role has besides role, content and name.
-ROLE_FIELDS = {"assistant": {"tool_calls", "refusal"}, "tool": {"tool_call_id"}}
-
-
-class Message(Strict):
-    """A turn; `developer` is what newer clients call `system`.
-
-    Content may be missing beside tool_calls or a refusal alone; a tool's answer names its call.
-    """
-
-    role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: (
-        Annotated[
-            Annotated[Text, Tag("<text>")]
-            | Annotated[list[ContentPart], Field(fail_fast=True), Tag("<list>")],
-            TEXT_OR_LIST,
-        ]
-        | None
-    ) = None
-    name: Text | None = None
-    tool_calls: Annotated[list[ToolCall], Field(fail_fast=True)] | None = None
-    tool_call_id: Text | None = None
-    refusal: Text | None = None
-
-    @model_validator(mode="after")
-    def _fits_its_role(self) -> Self:
-        given = {f for f in ("tool_calls", "tool_call_id", "refusal") if getattr(self, f)}
-        wrong = sorted(given - ROLE_FIELDS.get(self.role, set()))
-        if wrong:
-            raise PydanticCustomError("role", f"{wrong[0]}: not allowed with role {self.role}")
-        if self.role == "tool" and self.tool_call_id is None:
-            raise PydanticCustomError("role", "tool_call_id: missing in a message of role tool")
-        if self.content is None and not given & {"tool_calls", "refusal"}:
-            raise PydanticCustomError("role", "content: missing")
-        return self
-
-    def as_template_input(self) -> dict[str, Any]:
-        text = self.content
-        if text is None:
-            text = self.refusal or ""
-        elif not isinstance(text, str):
-            text = "".join(p.text if isinstance(p, TextPart) else p.refusal for p in text)
-        role = "system" if self.role == "developer" else self.role
-        turn: dict[str, Any] = {"role": role, "content": text}
-        turn |= {f: getattr(self, f) for f in ("name", "tool_call_id") if getattr(self, f)}
-        if self.tool_calls:
-            turn["tool_calls"] = [call.as_template_input() for call in self.tool_calls]
-        return turn
 
 
 class ChatRequest(SamplingFields, ToolFields):

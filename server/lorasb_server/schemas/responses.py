@@ -6,7 +6,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, Tag
 
 from lorasb_server.errors import FieldError
-from lorasb_server.schemas.chat import MAX_TOP_LOGPROBS, ChatRequest, Message
+from lorasb_server.schemas.chat import MAX_TOP_LOGPROBS, ChatRequest
+from lorasb_server.schemas.messages import AssistantMessage, Message, TextMessage
 from lorasb_server.schemas.sampling import (
     TEXT_OR_LIST,
     CommonFields,
@@ -66,7 +67,9 @@ class InputMessage(Strict):
         text = self.content
         if not isinstance(text, str):
             text = "".join(part.text for part in text)
-        return Message(role=self.role, content=text)
+        if self.role == "assistant":
+            return AssistantMessage(role=self.role, content=text)
+        return TextMessage(role=self.role, content=text)
 
 
 InputItem = InputMessage
@@ -147,9 +150,11 @@ class ResponsesRequest(CommonFields):
         )
 
     def _messages(self) -> list[Message]:
-        said = [] if self.instructions is None else [_turn("system", self.instructions)]
+        said: list[Message] = []
+        if self.instructions is not None:
+            said.append(TextMessage(role="system", content=self.instructions))
         if isinstance(self.input, str):
-            return [*said, _turn("user", self.input)]
+            return [*said, TextMessage(role="user", content=self.input)]
         return said + [item.as_chat() for item in self.input]
 
     def _refuse(self) -> None:
@@ -173,7 +178,3 @@ def renamed(error: FieldError) -> FieldError:
     words = r"\b(" + "|".join(RENAMED) + r")\b"
     message = re.sub(words, lambda match: RENAMED[match[0]], str(error))
     return FieldError(param, message, error.code)
-
-
-def _turn(role: Literal["system", "user"], text: str) -> Message:
-    return Message(role=role, content=text)
