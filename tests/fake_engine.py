@@ -113,13 +113,15 @@ class FakeEngine:
         for count, token in enumerate(tokens):
             self._maybe_fail(request, count)
             last = count == len(tokens) - 1
+            first = count == index == 0
             text += decoder.push(token) + (decoder.flush() if last else "")
             end = min((text.index(stop) for stop in stops if stop in text), default=None)
             if end is not None:
-                yield self._chunk(request, index, text[given:end], token, "stop")
+                yield self._chunk(request, index, text[given:end], token, "stop", first)
                 return
             safe = len(text) - (0 if last else _begun(text, stops))
-            yield self._chunk(request, index, text[given:safe], token, reason if last else None)
+            ended = reason if last else None
+            yield self._chunk(request, index, text[given:safe], token, ended, first)
             given = max(given, safe)
 
     def _maybe_fail(self, request: GenerationRequest, count: int) -> None:
@@ -134,13 +136,21 @@ class FakeEngine:
         text: str,
         token: int,
         reason: FinishReason | None,
+        first: bool,
     ) -> Chunk:
         wanted = request.sampling.logprobs
         logprobs: tuple[TokenLogprob, ...] = ()
         if wanted is not None:
             top = tuple((other, -1.0 - other) for other in range(3, 3 + wanted))
             logprobs = (TokenLogprob(token, -0.5, top),)
-        return Chunk(index, text, (token,), logprobs, reason)
+        scores: tuple[TokenLogprob, ...] = ()
+        count = request.sampling.prompt_logprobs
+        if first and count is not None:
+            scores = tuple(
+                TokenLogprob(prompt, -0.25, ((prompt, -0.25),)[:count])
+                for prompt in request.prompt[1:]
+            )
+        return Chunk(index, text, (token,), logprobs, reason, prompt_logprobs=scores)
 
 
 def _begun(text: str, stops: tuple[str, ...]) -> int:

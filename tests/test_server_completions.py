@@ -70,6 +70,52 @@ def test_the_chosen_token_is_among_the_top_ones(client: OpenAI) -> None:
     assert logprobs.token_logprobs == [-0.5] * 5
 
 
+def test_echo_puts_the_prompt_before_each_completion(client: OpenAI, engine: FakeEngine) -> None:
+    tokens = engine.codec.encode("token ids")
+    plain = client.completions.create(model="pico", prompt=["a b", "cd"], n=2)
+    echoed = client.completions.create(model="pico", prompt=["a b", "cd"], n=2, echo=True)
+    prompts = ["a b", "a b", "cd", "cd"]
+    said = [p + c.text for p, c in zip(prompts, plain.choices, strict=True)]
+    assert [c.text for c in echoed.choices] == said
+    assert echoed.usage == plain.usage
+    decoded = client.completions.create(model="pico", prompt=tokens, echo=True, max_tokens=0)
+    assert decoded.choices[0].text == "token ids"
+
+
+def test_echo_scores_the_prompt_also_in_a_stream(client: OpenAI, engine: FakeEngine) -> None:
+    more: dict[str, Any] = {"prompt": ["ab", "c"], "n": 2, "echo": True, "logprobs": 1}
+    more |= {"model": "pico", "max_tokens": 3}
+    whole = client.completions.create(**more).choices
+    for choice, prompt in zip(whole, ["ab", "ab", "c", "c"], strict=True):
+        logprobs = choice.logprobs
+        assert logprobs and logprobs.tokens and logprobs.top_logprobs and logprobs.text_offset
+        count = len(engine.codec.encode(prompt))
+        assert logprobs.token_logprobs == [None, *[-0.25] * (count - 1), *[-0.5] * 3]
+        assert logprobs.top_logprobs[0] is None
+        assert logprobs.top_logprobs[1:count] == [{t: -0.25} for t in logprobs.tokens[1:count]]
+        assert "".join(logprobs.tokens).startswith(prompt) and logprobs.text_offset[0] == 0
+    text, scores = [""] * 4, [[] for _ in range(4)]
+    for chunk in client.completions.create(**more, stream=True):
+        for piece in chunk.choices:
+            text[piece.index] += piece.text
+            if piece.logprobs:
+                scores[piece.index] += piece.logprobs.token_logprobs or []
+    assert text == [choice.text for choice in whole]
+    assert scores == [choice.logprobs.token_logprobs for choice in whole if choice.logprobs]
+
+
+def test_a_prompt_is_scored_without_generating(client: OpenAI) -> None:
+    more: dict[str, Any] = {"model": "pico", "prompt": "abc", "echo": True, "max_tokens": 0}
+    answer = client.completions.create(**more, logprobs=1)
+    choice, usage = answer.choices[0], answer.usage
+    assert (choice.text, choice.finish_reason) == ("abc", "length")
+    assert choice.logprobs and choice.logprobs.tokens and usage
+    assert len(choice.logprobs.tokens) == usage.prompt_tokens
+    assert (usage.completion_tokens, usage.total_tokens) == (0, usage.prompt_tokens)
+    chunks = list(client.completions.create(**more, stream=True))
+    assert [(c.choices[0].text, c.choices[0].finish_reason) for c in chunks] == [("abc", "length")]
+
+
 def test_one_failing_prompt_closes_the_others(client: OpenAI, engine: FakeEngine) -> None:
     engine.error, engine.fail_after, engine.fail_on = EngineError("it broke"), 3, "bad"
     engine.pace = 0.02

@@ -116,6 +116,13 @@ def test_prompt_logprobs_and_cached_tokens(url: str) -> None:
     for entry in shown[1:]:
         ranks = [value["rank"] for value in entry.values()]
         assert 1 in ranks and all(math.isfinite(v["logprob"]) for v in entry.values())
+    echo = {"echo": True, "logprobs": 1, "max_tokens": 0}
+    echoed = httpx.post(f"{url}/v1/completions", json={**body, **echo}).json()["choices"][0]
+    assert echoed["text"] == body["prompt"]
+    tops = echoed["logprobs"]["top_logprobs"]
+    for entry, top, text in zip(shown[1:], tops[1:], echoed["logprobs"]["tokens"][1:], strict=True):
+        values = {value["decoded_token"]: value["logprob"] for value in entry.values()}
+        assert top == pytest.approx(values) and text in top
     again = httpx.post(f"{url}/v1/completions", json=body).json()
     assert "prompt_logprobs" not in again["choices"][0]
     assert again["usage"]["prompt_tokens_details"] == {"cached_tokens": 16}

@@ -2,10 +2,11 @@
 
 import asyncio
 import contextlib
+import math
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from fastapi import Request
@@ -27,7 +28,8 @@ class ClientGoneError(Exception):
 class Generation:
     """A checked request that is ready to run: prompts as tokens, `n` completions of each.
 
-    Choice index = prompt's index * n + completion's index. Counts the tokens as they come.
+    Choice index = prompt's index * n + completion's index. Counts the tokens as they come. With
+    `prompt_only` what the engine generates is dropped, and each completion ends for its length.
     """
 
     service: Service
@@ -36,6 +38,7 @@ class Generation:
     sampling: SamplingParams
     adapter: LoadedAdapter | None
     n: int
+    prompt_only: bool = False
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
     completion_tokens: int = 0
@@ -68,15 +71,16 @@ class Generation:
             metrics.count_adapter(str(self.adapter.name))
         waiting = True
         async with contextlib.aclosing(_interleave(self._streams())) as stream:
-            async for prompt, chunk in stream:
+            async for prompt, said in stream:
+                chunk = _without_output(said) if self.prompt_only else said
                 if waiting:
                     metrics.first_token.observe(time.monotonic() - started)
                     waiting = False
                 self.completion_tokens += len(chunk.tokens)
                 meter.spend(tenant, len(chunk.tokens))
                 self.cached_tokens += chunk.cached_tokens
-                if chunk.prompt_logprobs:
-                    self.prompt_logprobs[prompt] = chunk.prompt_logprobs
+                if chunk.index == 0:
+                    self.prompt_logprobs.setdefault(prompt, chunk.prompt_logprobs)
                 metrics.generation_tokens.inc(len(chunk.tokens))
                 yield prompt * self.n + chunk.index, chunk
 
@@ -139,9 +143,16 @@ class Choice:
         self.finish_reason = chunk.finish_reason
 
 
-def finite(logprob: float) -> float:
-    """JSON has no infinity: a token that could not be chosen is shown as OpenAI does."""
-    return max(logprob, -9999.0)
+def _without_output(chunk: Chunk) -> Chunk:
+    return replace(chunk, text="", tokens=(), logprobs=(), finish_reason="length")
+
+
+def finite(logprob: float) -> float | None:
+    """JSON has no infinity: a token that could not be chosen is shown as OpenAI does.
+
+    None for NaN, the log-probability of a token that has none.
+    """
+    return None if math.isnan(logprob) else max(logprob, -9999.0)
 
 
 def check_limits(

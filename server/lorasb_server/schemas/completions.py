@@ -1,5 +1,6 @@
 """Body of POST /v1/completions."""
 
+from dataclasses import replace
 from typing import Annotated
 
 from pydantic import Discriminator, Field, Tag
@@ -42,6 +43,7 @@ class CompletionRequest(SamplingFields):
             _prompt_kind, "prompt", "Input should be text, token ids, or a non-empty list of either"
         ),
     ]
+    max_tokens: Annotated[int, Field(ge=0)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool | None = None
     best_of: int | None = None
@@ -57,13 +59,32 @@ class CompletionRequest(SamplingFields):
             case _:
                 return [p for p in self.prompt if not isinstance(p, int)]
 
+    @property
+    def prompt_only(self) -> bool:
+        """Whether nothing is to be generated: the answer is the echoed prompt, scored."""
+        return self.max_tokens == 0
+
+    @property
+    def echoes_logprobs(self) -> bool:
+        return bool(self.echo) and self.logprobs is not None
+
     def parameters(self) -> SamplingParams:
-        """Raises FieldError for fields that are known but not supported."""
-        if self.echo:
-            raise FieldError("echo", "echo: this field is not supported")
+        """Of a request that generates nothing, one token is drawn and dropped.
+
+        Raises FieldError for fields that are known but not supported, or contradict each other.
+        """
         if self.suffix is not None:
             raise FieldError("suffix", "suffix: this field is not supported")
         if self.best_of is not None and self.best_of != (self.n or 1):
             raise FieldError("best_of", "best_of: only the value of n is supported")
+        if self.prompt_only and not self.echo:
+            raise FieldError("max_tokens", "max_tokens: found 0, which only goes with echo")
+        if self.echoes_logprobs and self.prompt_logprobs is not None:
+            raise FieldError(
+                "prompt_logprobs", "prompt_logprobs: not allowed with echo and logprobs"
+            )
         limit = DEFAULT_MAX_TOKENS if self.max_tokens is None else self.max_tokens
-        return self.sampling(max_tokens=limit, logprobs=self.logprobs)
+        params = self.sampling(max_tokens=limit, logprobs=self.logprobs)
+        if self.echoes_logprobs:
+            params = replace(params, prompt_logprobs=self.logprobs)
+        return replace(params, max_tokens=1) if self.prompt_only else params
