@@ -1,8 +1,8 @@
 """Write a file or a folder aside, then rename it: readers see the old one, the new one or none."""
 
 import os
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,16 +24,16 @@ def write_bytes(path: Path, data: bytes, mode: int | None = None) -> None:
 def new_file(path: Path, mode: int | None = None) -> Iterator[BinaryIO]:
     """Yield a file that takes the place of `path` in one step when the block ends well."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    fd, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    aside = _aside(path)
+    fd = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666 if mode is None else mode)
     try:
         with os.fdopen(fd, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(aside, 0o666 & ~_umask() if mode is None else mode)
         os.replace(aside, path)
     except BaseException:
-        Path(aside).unlink(missing_ok=True)
+        aside.unlink(missing_ok=True)
         raise
     sync_folder(path.parent)
 
@@ -48,10 +48,10 @@ def new_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
     if path.exists() and not force and (not path.is_dir() or any(path.iterdir())):
         raise ConflictError(f"{path}: already exists; choose another output or pass --force")
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+    aside = _aside(path)
+    aside.mkdir()
     try:
         yield aside
-        os.chmod(aside, 0o777 & ~_umask())
         for file in aside.rglob("*"):
             if file.is_file():
                 sync_file(file)
@@ -86,7 +86,6 @@ def sync_folder(path: Path) -> None:
         os.close(fd)
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+def _aside(path: Path) -> Path:
+    """A name beside `path` that nobody else has."""
+    return path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
