@@ -8,7 +8,9 @@ from torch import nn
 
 from lorasb_runtime.adapters.slots import SlotTable
 from lorasb_runtime.engines.torch.core_rows import CoreRows
-from lorasb_runtime.models.adapted_linear import PackedLinear
+from lorasb_runtime.models import packed_linear as packed_module
+from lorasb_runtime.models.adapted_linear import ALL_ROWS
+from lorasb_runtime.models.packed_linear import PackedGroup, PackedLinear
 from lorasb_runtime.models.shared_inputs import neighbours_with_one_input, watch_inputs
 from lorasb_runtime.ops import dense as dense_module
 from lorasb_runtime.ops.core_matmul import SlotRows, apply_cores, expand_add, shrink
@@ -36,13 +38,70 @@ def test_a_packed_layer_is_the_layer(rows: int, bias: bool, dtype: torch.dtype) 
         assert packed is None
         return
     assert packed is not None
-    found = PackedLinear(layer, packed)
+    found = PackedLinear(layer, PackedGroup([layer], packed), 0)
     assert found.weight.shape == layer.weight.shape and found.weight.is_meta
     x = torch.randn(1, rows, 320).to(dtype)
     expected = x.double() @ layer.weight.double().t()
     if bias:
         expected += layer.bias.double()
     assert close(found(x), expected, dtype, 16)
+
+
+class FixedCores:
+    """The same core for every row of `rows`. cores: [m, r, r]."""
+
+    def __init__(self, cores: torch.Tensor, rows: slice | None) -> None:
+        self.cores = cores
+        self.rows = rows
+
+    def multiply(self, h: torch.Tensor) -> torch.Tensor:
+        parts = h.reshape(len(h), *self.cores.shape[:2])
+        return torch.einsum("mij,tmj->tmi", self.cores.to(h.dtype), parts).flatten(1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("largest", [0, packed_module.LARGEST_BLOCK_B])
+@pytest.mark.parametrize("rows", [ALL_ROWS, slice(1, 5), None])
+@pytest.mark.parametrize("adapted", [(0, 1, 2), (0, 2), (1,)])
+def test_a_packed_group_is_its_layers_with_their_adapters(
+    adapted: tuple[int, ...],
+    rows: slice | None,
+    largest: int,
+    dtype: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(packed_module, "LARGEST_BLOCK_B", largest)
+    torch.manual_seed(3)
+    biased = [(272, True), (96, False), (160, True)]
+    layers = [nn.Linear(320, n, b).to(dtype).requires_grad_(False) for n, b in biased]
+    packed = pack_weight(torch.cat([layer.weight for layer in layers]))
+    if packed is None:
+        assert compute_dtype(dtype, CPU) != dtype  # this CPU has no instructions for it
+        return
+    group = PackedGroup(layers, packed)
+    pairs = [
+        (m, torch.randn(4, 320).to(dtype), torch.randn(layers[m].out_features, 4).to(dtype))
+        for m in adapted
+    ]
+    cores = torch.randn(len(adapted), 4, 4).to(dtype)
+    group.adapt(pairs, FixedCores(cores, rows))
+    assert group.adapted
+    x = torch.randn(1, 7, 320).to(dtype)
+    seats = [PackedLinear(layer, group, m) for m, layer in enumerate(layers)]
+    expected = []
+    for layer in layers:
+        y = x.double() @ layer.weight.double().t()
+        expected.append(y if layer.bias is None else y + layer.bias.double())
+    for (m, a, b), core in zip(pairs, cores, strict=True):
+        if rows is not None:
+            delta = b.double() @ core.double() @ a.double()
+            expected[m][:, rows] += x[:, rows].double() @ delta.t()
+    for seat, wanted in zip(seats, expected, strict=True):
+        assert close(seat(x), wanted, dtype, 16)
+    other = torch.randn(1, 7, 320).to(dtype)  # whoever asks, and in whatever order
+    alone = seats[1](other)
+    again = seats[1](x)
+    assert not torch.equal(alone, again) and close(again, expected[1], dtype, 16)
 
 
 def test_small_weights_stay_as_they_are() -> None:

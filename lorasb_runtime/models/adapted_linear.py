@@ -10,7 +10,6 @@ from transformers import PreTrainedModel
 from lorasb_runtime.errors import BasisMismatchError
 from lorasb_runtime.models.targets import is_linear, weight_of
 from lorasb_runtime.ops.core_matmul import expand_add, scale_core, shrink
-from lorasb_runtime.ops.dense import pack_weight, packed_linear
 from lorasb_runtime.storage.basis_file import Basis
 
 ALL_ROWS = slice(None)
@@ -47,32 +46,6 @@ class AdaptedLinear(nn.Module):
         return y
 
 
-class PackedLinear(nn.Linear):
-    """A linear layer whose weight is held in the CPU's own layout and nowhere else.
-
-    `weight` is an empty tensor on the meta device: it has the shape and the dtype, no values.
-    """
-
-    def __init__(self, base: nn.Linear, packed: torch.Tensor) -> None:
-        nn.Module.__init__(self)
-        self.in_features, self.out_features = base.in_features, base.out_features
-        self.weight = nn.Parameter(torch.empty_like(base.weight, device="meta"), False)
-        self.bias = base.bias
-        self._packed = packed
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return packed_linear(x, self._packed, self.bias)
-
-
-def pack_linears(model: PreTrainedModel) -> None:
-    """Put a PackedLinear in the place of every plain `nn.Linear` for which that is faster."""
-    for name, module in list(model.named_modules()):
-        if type(module) is nn.Linear:
-            packed = pack_weight(module.weight)
-            if packed is not None:
-                model.set_submodule(name, PackedLinear(module, packed))
-
-
 class TrainableCore(nn.Module):
     """One float32 core that every row shares, as training needs it. a: [r, in]."""
 
@@ -99,9 +72,14 @@ def adapt_model(
     """
     check_targets(model, basis)
     for index, target in enumerate(basis.targets):
-        module = model.get_submodule(target.module)
-        b = basis.b(target.module).to(model.device, weight_of(module).dtype)
-        model.set_submodule(target.module, AdaptedLinear(module, b, make_core(index)))
+        adapt_layer(model, basis, target.module, make_core(index))
+
+
+def adapt_layer(model: PreTrainedModel, basis: Basis, name: str, core: CoreSource) -> None:
+    """Put an AdaptedLinear in the place of one target."""
+    module = model.get_submodule(name)
+    b = basis.b(name).to(model.device, weight_of(module).dtype)
+    model.set_submodule(name, AdaptedLinear(module, b, core))
 
 
 def check_targets(model: PreTrainedModel, basis: Basis) -> None:

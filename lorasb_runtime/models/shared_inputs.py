@@ -12,7 +12,7 @@ from torch import nn
 def watch_inputs(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, torch.Tensor]]:
     """What each of these layers was given in the forward pass that runs inside the `with`.
 
-    A layer that did not run, or ran more than once, is left out.
+    A layer that did not run, ran more than once or was given it by keyword is left out.
     """
     seen: dict[str, torch.Tensor] = {}
     twice: set[str] = set()
@@ -21,7 +21,8 @@ def watch_inputs(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, t
 
         def look(_: nn.Module, inputs: tuple[Any, ...], name: str = name) -> None:
             twice.update({name} & seen.keys())
-            seen[name] = inputs[0]
+            if inputs:
+                seen[name] = inputs[0]
 
         handles.append(model.get_submodule(name).register_forward_pre_hook(look))
     try:

@@ -3,9 +3,10 @@
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-# From this many rows on, float32 rows on a CPU are faster by batched multiplies than by torch's
-# fused attention, which handles each head's few queries on their own.
+# From this many rows on, a CPU is faster by batched multiplies than by torch's fused attention,
+# which handles each head's few queries on their own; 16-bit keys are widened for it, so many.
 FEWEST_BATCHED_ROWS = 4
+MOST_WIDENED_KEYS = 1 << 22
 
 
 def attend_decode(
@@ -24,8 +25,7 @@ def attend_decode(
     rows, heads, d = q.shape
     kv_heads, length = k.shape[1:3]
     group = heads // kv_heads
-    batched = q.device.type == "cpu" and q.dtype == torch.float32 and rows >= FEWEST_BATCHED_ROWS
-    if softcap is None and not batched:
+    if softcap is None and not _batched(k):
         grouped = q.reshape(rows, kv_heads, group, d)
         mask = bias.view(rows, kv_heads, group, length)
         out = scaled_dot_product_attention(grouped, k, v, attn_mask=mask, scale=scaling)
@@ -38,6 +38,12 @@ def attend_decode(
         scaling,
         softcap,
     ).reshape(rows, heads, d)
+
+
+def _batched(k: torch.Tensor) -> bool:
+    """Whether queries over keys [rows, kv_heads, length, d] are handled by batched multiplies."""
+    small = k.dtype == torch.float32 or k.numel() <= MOST_WIDENED_KEYS
+    return k.device.type == "cpu" and k.shape[0] >= FEWEST_BATCHED_ROWS and small
 
 
 def attend_prefill(
@@ -111,9 +117,10 @@ def _attend(
     softcap: float | None,
 ) -> torch.Tensor:
     """[n, queries, d] over [n, length, d], as batched multiplies; bias: [n, queries, length]."""
+    q, k, bias = q.float(), k.float(), bias.float()  # scores of 16 bits would be too coarse
     if softcap is None:
         scores = torch.baddbmm(bias, q, k.transpose(1, 2), alpha=scaling)
     else:
         scores = torch.bmm(q, k.transpose(1, 2)) * (scaling / softcap)
         scores = torch.tanh(scores) * softcap + bias
-    return torch.bmm(torch.softmax(scores, dim=-1, dtype=torch.float32).to(v.dtype), v)
+    return torch.bmm(torch.softmax(scores, dim=-1).to(v.dtype), v)

@@ -61,7 +61,7 @@ def apply_cores(
 
     h: [end - begin, m, r]; the result has its shape. cores: [slots, m, r, r], a view of the device
     table in any float dtype; slot 0 is zero. own: the decoding rows' cores [decodes, m, r, r] in
-    h's dtype, contiguous, where someone has gathered them already.
+    any float dtype, contiguous, where someone has gathered them already.
     """
     parts = []
     if rows.decodes:

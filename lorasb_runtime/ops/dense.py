@@ -6,6 +6,8 @@ import torch
 
 # Weights with fewer elements multiply faster as they are.
 SMALLEST_PACKED = 1 << 16
+# Matrices with fewer rows are multiplied by vectors faster in float32 than in 16 bits.
+SMALLEST_NARROW = 64
 # oneDNN lays a weight out for a number of rows; this layout is near the best from 1 to 512.
 PACKED_FOR_ROWS = 64
 
@@ -32,6 +34,11 @@ def pack_weight(weight: torch.Tensor) -> torch.Tensor | None:
     return packed
 
 
+def unpack_weight(packed: torch.Tensor) -> torch.Tensor:
+    """The weight [out, in] that `pack_weight` was given, bit for bit."""
+    return packed.to_dense()
+
+
 def packed_linear(
     x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -41,12 +48,23 @@ def packed_linear(
 
 
 def batched_matvec(matrices: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """matrices[i] @ rows[i] for every row: [n, r, r], [n, r] -> [n, r].
+    """matrices[i] @ rows[i] for every row: [n, r, r], [n, r] -> [n, r] in the rows' dtype.
 
     As a row times a transposed matrix, which torch's CPU kernel does several times faster than a
     matrix times a column from r = 32 on, and no slower below.
     """
-    return torch.bmm(rows.unsqueeze(1), matrices.transpose(1, 2)).squeeze(1)
+    wide = rows.to(matrices.dtype).unsqueeze(1)
+    return torch.bmm(wide, matrices.transpose(1, 2)).squeeze(1).to(rows.dtype)
+
+
+def matvec_dtype(size: int, dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """The dtype in which to hold matrices [n, size, size] for `batched_matvec` with such rows.
+
+    float32 for small ones on a CPU, which multiplies many small 16-bit matrices at half its
+    float32 speed; larger ones cost their memory traffic, of which float32 has twice as much.
+    """
+    narrow = device.type == "cpu" and size < SMALLEST_NARROW
+    return torch.float32 if narrow and dtype.itemsize < 4 else dtype
 
 
 @cache

@@ -3,15 +3,19 @@
 from collections.abc import Sequence as Rows
 
 import torch
+from torch import nn
+from transformers import PreTrainedModel
 
 from lorasb_runtime.adapters.slots import BASE_SLOT, SlotTable
-from lorasb_runtime.models.adapted_linear import ALL_ROWS
+from lorasb_runtime.models.adapted_linear import ALL_ROWS, adapt_layer
+from lorasb_runtime.models.packed_linear import PackedGroup, PackedLinear
 from lorasb_runtime.ops.core_matmul import SlotRows, apply_cores, shrink
+from lorasb_runtime.ops.dense import matvec_dtype
 from lorasb_runtime.storage.basis_file import Basis
 
 
 class GatheredCores:
-    """The decoding rows' cores, in the dtype that they are multiplied in.
+    """The decoding rows' cores, each group in the dtype that it is multiplied in.
 
     One tensor [rows, m, r, r] for each group of m target modules. A row is copied only where its
     adapter has changed since the last step. Memory: D numbers for each row of the largest batch.
@@ -21,7 +25,7 @@ class GatheredCores:
         """groups: (m, r) of each group, in the order of the slot table's columns."""
         self._slots = slots
         self._groups = groups
-        self._dtype = dtype
+        self._dtypes = [matvec_dtype(r, dtype, slots.cores.device) for _, r in groups]
         self._sizes = [m * r * r for m, r in groups]
         self._held: list[tuple[int, int]] = []
         self._grow(0)
@@ -40,7 +44,8 @@ class GatheredCores:
     def _grow(self, rows: int) -> None:
         device = self._slots.cores.device
         self.tensors = [
-            torch.empty(rows, m, r, r, dtype=self._dtype, device=device) for m, r in self._groups
+            torch.empty(rows, m, r, r, dtype=dtype, device=device)
+            for (m, r), dtype in zip(self._groups, self._dtypes, strict=True)
         ]
         self._held = [(-1, -1)] * rows
 
@@ -98,15 +103,26 @@ class GroupCores:
     ) -> None:
         """members: places in the basis' targets, one after the other and of one rank."""
         self.batch = batch
+        self.modules = [basis.targets[i].module for i in members]
         self._index = index
         self._size = len(members)
         self._rank = basis.targets[members[0]].rank
-        stacked = torch.cat([basis.a(basis.targets[i].module) for i in members])
+        stacked = torch.cat([basis.a(module) for module in self.modules])
         self._a = stacked.to(slots.cores.device, batch.dtype)
         span = slots.cores[:, basis.offsets[members[0]] : basis.offsets[members[-1] + 1]]
         self._cores = span.view(-1, self._size, self._rank, self._rank)
         self._x: torch.Tensor | None = None
         self._out: tuple[torch.Tensor, ...] = ()
+
+    @property
+    def rows(self) -> slice | None:
+        return self.batch.rows
+
+    def multiply(self, h: torch.Tensor) -> torch.Tensor:
+        """Each row's own cores: [rows, m * r] -> [rows, m * r]."""
+        parts = h.reshape(-1, self._size, self._rank)
+        own = self.batch.own(self._index)
+        return apply_cores(parts, self._cores, self.batch.slot_rows, own).flatten(1)
 
     def compute(self, x: torch.Tensor, member: int) -> torch.Tensor:
         if x is not self._x:
@@ -114,9 +130,7 @@ class GroupCores:
             rows = self.batch.rows
             assert rows is not None
             h = shrink(flat if rows is ALL_ROWS else flat[rows], self._a)
-            h = h.view(-1, self._size, self._rank)
-            own = self.batch.own(self._index)
-            self._out = apply_cores(h, self._cores, self.batch.slot_rows, own).unbind(1)
+            self._out = self.multiply(h).split(self._rank, dim=1)
             self._x = x
         out = self._out[member]
         if member + 1 == self._size:
@@ -129,21 +143,23 @@ class SlotCores:
 
     def __init__(self, group: GroupCores, member: int) -> None:
         self._group = group
-        self._batch = group.batch
         self._member = member
 
     @property
     def rows(self) -> slice | None:
-        return self._batch.rows
+        return self._group.rows
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self._group.compute(x, self._member)
 
 
-def slot_cores(
-    basis: Basis, slots: SlotTable, dtype: torch.dtype, shared: list[list[str]]
-) -> tuple[CoreRows, list[SlotCores]]:
-    """The cores' side of every target, in the basis' order; `shared`: who reads the same input."""
+def adapt_for_slots(
+    model: PreTrainedModel, basis: Basis, slots: SlotTable, shared: list[list[str]]
+) -> CoreRows:
+    """Make the model's targets take each row's core from the slot that `prepare` names.
+
+    shared: the targets in the basis' order, those together that read the same input.
+    """
     place = {t.module: i for i, t in enumerate(basis.targets)}
     groups: list[list[int]] = []
     for names in shared:
@@ -155,9 +171,29 @@ def slot_cores(
             else:
                 groups.append([index])
     sizes = [(len(g), basis.targets[g[0]].rank) for g in groups]
-    batch = CoreRows(slots, sizes, dtype)
-    cores = []
+    batch = CoreRows(slots, sizes, model.dtype)
     for number, members in enumerate(groups):
-        group = GroupCores(batch, number, basis, members, slots)
-        cores += [SlotCores(group, member) for member in range(len(members))]
-    return batch, cores
+        _adapt_group(model, basis, GroupCores(batch, number, basis, members, slots))
+    return batch
+
+
+def _adapt_group(model: PreTrainedModel, basis: Basis, cores: GroupCores) -> None:
+    """Inside their packed group, where they are the members of one, or each layer by itself."""
+    seats = [model.get_submodule(name) for name in cores.modules]
+    group = _common_group(seats)
+    if group is None or group.adapted:
+        for member, name in enumerate(cores.modules):
+            adapt_layer(model, basis, name, SlotCores(cores, member))
+        return
+    pairs = [
+        (seat.member, basis.a(name), basis.b(name))
+        for seat, name in zip(seats, cores.modules, strict=True)
+        if isinstance(seat, PackedLinear)
+    ]
+    group.adapt(pairs, cores)
+
+
+def _common_group(layers: list[nn.Module]) -> PackedGroup | None:
+    """The packed group in which all these layers have their seats, if there is one."""
+    groups = {layer.group if isinstance(layer, PackedLinear) else None for layer in layers}
+    return groups.pop() if len(groups) == 1 else None

@@ -113,22 +113,22 @@ class KVBatch:
     ) -> torch.Tensor:
         """Store the new keys and values, then attend: [1, heads, tokens, d] -> same shape."""
         self.windows[call.layer] = call.window
-        out = torch.empty_like(q)
+        parts = []
         for group in self.groups:
             rows = slice(group.begin, group.end)
             for tensors, new in ((self.cache.keys, k), (self.cache.values, v)):
                 own = new[0, :, rows].transpose(0, 1)
                 tensors[group.size][call.layer][group.rows, :, group.positions] = own
             own_q = q[0, :, rows].transpose(0, 1)
-            out[0, :, rows] = group.attend(self.cache, own_q, call).transpose(0, 1)
+            parts.append(group.attend(self.cache, own_q, call).transpose(0, 1))
         for span in self.prefills:
             rows = slice(span.begin, span.end)
             stop = span.start + span.end - span.begin
             for tensors, new in ((self.cache.keys, k), (self.cache.values, v)):
                 target = tensors[span.region.size][call.layer]
                 target[span.region.row, :, span.start : stop] = new[0, :, rows]
-            out[0, :, rows] = span.attend(self.cache, q[0, :, rows], call)
-        return out
+            parts.append(span.attend(self.cache, q[0, :, rows], call))
+        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))[None]
 
 
 def build_kv_batch(cache: KVCache, step: Step, device: torch.device) -> KVBatch:

@@ -15,8 +15,8 @@ from lorasb_runtime.engines.torch.kv_regions import KVRegions, Region
 from lorasb_runtime.engines.torch.scheduler import Chunk, Step
 from lorasb_runtime.engines.torch.sequence import Sequence
 from lorasb_runtime.errors import BasisMismatchError, InputError
-from lorasb_runtime.models.adapted_linear import pack_linears
 from lorasb_runtime.models.load import load_causal_lm
+from lorasb_runtime.models.packed_linear import pack_linears, plain_linears
 from lorasb_runtime.models.reach import check_windows
 from lorasb_runtime.models.shared_inputs import neighbours_with_one_input, watch_inputs
 from lorasb_runtime.ops.dense import compute_dtype
@@ -100,9 +100,11 @@ def check_attention(model: PreTrainedModel) -> None:
     tokens = _probe_tokens(model)
     windows: dict[int, int | None] = {}
     try:
-        expected = model(input_ids=tokens, use_cache=False).logits[0].float()
+        linears = plain_linears(model)
+        with watch_inputs(model, linears) as inputs:
+            expected = model(input_ids=tokens, use_cache=False).logits[0].float()
         model.set_attn_implementation(ATTENTION)
-        pack_linears(model)
+        pack_linears(model, neighbours_with_one_input(linears, inputs))
         cache, region = _probe_cache(model)
         found = [_probe(model, cache, region, tokens, 0, 16, windows)]
         for position in range(16, PROBE_TOKENS):

@@ -6,13 +6,13 @@ import torch
 from transformers import PreTrainedModel
 
 from lorasb_runtime.adapters.slots import BASE_SLOT, SlotTable
-from lorasb_runtime.engines.torch.core_rows import CoreRows, slot_cores
+from lorasb_runtime.engines.torch.core_rows import CoreRows, adapt_for_slots
 from lorasb_runtime.engines.torch.kv_batch import build_kv_batch
 from lorasb_runtime.engines.torch.kv_cache import KVCache
 from lorasb_runtime.engines.torch.prepare import shared_inputs
 from lorasb_runtime.engines.torch.scheduler import Chunk, Step
 from lorasb_runtime.engines.torch.sequence import Sequence
-from lorasb_runtime.models.adapted_linear import adapt_model, check_targets
+from lorasb_runtime.models.adapted_linear import check_targets
 from lorasb_runtime.storage.basis_file import Basis
 
 
@@ -44,9 +44,7 @@ class ModelRunner:
             check_targets(model, basis)
             head = model.get_output_embeddings()
             self._head_adapted = any(model.get_submodule(t.module) is head for t in basis.targets)
-            shared = shared_inputs(model, basis)
-            self._cores, cores = slot_cores(basis, slots, model.dtype, shared)
-            adapt_model(model, basis, lambda index: cores[index])
+            self._cores = adapt_for_slots(model, basis, slots, shared_inputs(model, basis))
 
     @torch.inference_mode()
     def run(self, step: Step) -> "StepLogits":
