@@ -11,6 +11,7 @@ from typing import Any
 
 from lorasb_runtime.errors import FileFormatError, NotFoundError
 from lorasb_runtime.storage import tensor_file
+from lorasb_runtime.storage.json_file import read_json_object
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -57,7 +58,7 @@ class Checkpoint:
 def open_checkpoint(folder: str | Path) -> Checkpoint:
     """Read config, index and shard headers (no weights). Raises NotFoundError, FileFormatError."""
     folder = Path(folder)
-    config = _read_json(folder / "config.json")
+    config = read_json_object(folder / "config.json", "a model folder with it")
     shards = _shard_names(folder)
     tensors: dict[str, TensorEntry] = {}
     for shard in shards:
@@ -65,14 +66,19 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
         for name, entry in header.items():
             if name == "__metadata__":
                 continue
-            begin, end = entry["data_offsets"]
-            if start + end > (folder / shard).stat().st_size:
+            try:
+                begin, end = entry["data_offsets"]
+                dtype, shape = str(entry["dtype"]), tuple(int(size) for size in entry["shape"])
+                whole = 0 <= begin <= end and start + end <= (folder / shard).stat().st_size
+            except (TypeError, KeyError, ValueError):
+                raise FileFormatError(
+                    str(folder / shard), f"a header without {name}'s place", "a safetensors file"
+                ) from None
+            if not whole:
                 raise FileFormatError(
                     str(folder / shard), "a file cut short", f"all the bytes of {name}"
                 )
-            tensors[name] = TensorEntry(
-                shard, entry["dtype"], tuple(entry["shape"]), start + begin, end - begin
-            )
+            tensors[name] = TensorEntry(shard, dtype, shape, start + begin, end - begin)
     return Checkpoint(folder, config, shards, tensors)
 
 
@@ -102,26 +108,18 @@ def fingerprint(checkpoint: Checkpoint) -> str:
 
 def _shard_names(folder: Path) -> tuple[str, ...]:
     if (folder / INDEX).is_file():
-        weight_map = _read_json(folder / INDEX).get("weight_map")
+        weight_map = read_json_object(folder / INDEX).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise FileFormatError(str(folder / INDEX), "no weight_map", "tensor names and files")
-        shards = tuple(sorted(set(weight_map.values())))
+        shards = tuple(sorted({str(shard) for shard in weight_map.values()}))
         for shard in shards:
-            if Path(shard).name != shard or not (folder / shard).is_file():
+            if (
+                not isinstance(shard, str)
+                or Path(shard).name != shard
+                or not (folder / shard).is_file()
+            ):
                 raise FileFormatError(str(folder), f"no shard {shard!r}", "each file of the index")
         return shards
     if (folder / SINGLE).is_file():
         return (SINGLE,)
     raise FileFormatError(str(folder), f"neither {SINGLE} nor {INDEX}", "safetensors weights")
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise NotFoundError(f"{path}: no such file; expected a model folder with it") from None
-    except ValueError as error:
-        raise FileFormatError(str(path), f"no JSON ({error})", "a JSON object") from None
-    if not isinstance(value, dict):
-        raise FileFormatError(str(path), "another kind of JSON", "a JSON object")
-    return value

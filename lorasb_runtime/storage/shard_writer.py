@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 
@@ -27,13 +28,29 @@ class TensorSpec:
     shape: tuple[int, ...]
     nbytes: int
 
+    @classmethod
+    def of(cls, shape: tuple[int, ...], dtype: torch.dtype) -> "TensorSpec":
+        """A tensor of this shape in a plain floating-point dtype."""
+        return cls(NAMES[dtype], shape, prod(shape) * dtype.itemsize)
+
     def cast(self, dtype: torch.dtype) -> "TensorSpec":
         """The same tensor in another floating-point dtype."""
-        return TensorSpec(NAMES[dtype], self.shape, prod(self.shape) * dtype.itemsize)
+        return TensorSpec.of(self.shape, dtype)
 
 
 def write_shard(
     path: Path,
+    layout: Mapping[str, TensorSpec],
+    metadata: Mapping[str, str],
+    contents: Iterable[memoryview],
+) -> None:
+    """Write a safetensors file as `write_tensors` does."""
+    with path.open("wb") as file:
+        write_tensors(file, layout, metadata, contents)
+
+
+def write_tensors(
+    file: BinaryIO,
     layout: Mapping[str, TensorSpec],
     metadata: Mapping[str, str],
     contents: Iterable[memoryview],
@@ -44,13 +61,12 @@ def write_shard(
     as many as announced.
     """
     header = _header(layout, metadata)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(header)))
-        file.write(header)
-        for (name, spec), data in zip(layout.items(), contents, strict=True):
-            if data.nbytes != spec.nbytes:
-                raise ValueError(f"{name}: {data.nbytes} bytes, announced {spec.nbytes}")
-            file.write(data)
+    file.write(struct.pack("<Q", len(header)))
+    file.write(header)
+    for (name, spec), data in zip(layout.items(), contents, strict=True):
+        if data.nbytes != spec.nbytes:
+            raise ValueError(f"{name}: {data.nbytes} bytes, announced {spec.nbytes}")
+        file.write(data)
 
 
 def _header(layout: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> bytes:

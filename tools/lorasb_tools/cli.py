@@ -7,7 +7,20 @@ import typer
 from typer.exceptions import TyperException
 
 from lorasb_runtime.errors import InputError, LorasbError
-from lorasb_tools import bench, blend, derive, keys, merge, pack, publish, serve, store, train
+from lorasb_tools import (
+    bench,
+    blend,
+    derive,
+    export,
+    import_,
+    keys,
+    merge,
+    pack,
+    publish,
+    serve,
+    store,
+    train,
+)
 
 app = typer.Typer(
     name="lorasb",
@@ -25,6 +38,8 @@ app.command("prune")(store.prune)
 app.command("pack")(pack.pack)
 app.command("merge")(merge.merge)
 app.command("blend")(blend.blend)
+app.command("import")(import_.import_)
+app.command("export")(export.export)
 app.add_typer(bench.app, name="bench")
 app.add_typer(keys.app, name="keys")
 
