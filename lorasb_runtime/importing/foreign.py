@@ -1,6 +1,6 @@
 """What every reader makes of a foreign checkpoint: one delta for each module, and its origin."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -9,6 +9,8 @@ import torch
 from lorasb_runtime.basis.pair import BasisPair
 from lorasb_runtime.basis.svd import fix_signs
 from lorasb_runtime.ops.core_matmul import scale_core
+
+Report = Callable[[str, int, int, str], None]  # phase, done, total, note
 
 
 @dataclass(frozen=True)

@@ -8,16 +8,15 @@ import torch
 
 from lorasb_runtime.basis.pair import BasisPair
 from lorasb_runtime.basis.svd import truncated_svd
-from lorasb_runtime.errors import FileFormatError, InputError, NotFoundError
+from lorasb_runtime.errors import FileFormatError, InputError
 from lorasb_runtime.importing.folder import CheckpointFolder, TensorFile
-from lorasb_runtime.importing.foreign import Delta, ForeignAdapter, Projection
+from lorasb_runtime.importing.foreign import Delta, ForeignAdapter, Projection, Report
 from lorasb_runtime.importing.model import Model
 from lorasb_runtime.storage.checkpoint import Checkpoint, TensorEntry, open_checkpoint
 
 NAME = "merged"
 BLOCK_ELEMENTS = 1 << 22  # of a delta that are in float64 at once
 BLOCK_BYTES = 8 << 20  # of a tensor that are compared at once
-Report = Callable[[str, int, int, str], None]  # phase, done, total, note
 
 
 @dataclass(frozen=True)
@@ -67,8 +66,8 @@ def read_merged(folder: CheckpointFolder, model: Model, report: Report) -> Forei
     changed = _changed(model.checkpoint, found, report)
     modules: dict[str, Delta] = {}
     for name, layer in model.layers.items():
-        tensor = _weight_name(model.checkpoint, name)
-        if tensor in changed:
+        tensor = model.tensor_name(name)
+        if layer.holder == name and tensor in changed:
             read = changed.pop(tensor)
             if layer.transposed:
                 read = _transposed(read)
@@ -149,11 +148,3 @@ def _same_bytes(
             if one.read(count) != two.read(count):
                 return False
     return True
-
-
-def _weight_name(checkpoint: Checkpoint, module: str) -> str | None:
-    """None where the checkpoint has no tensor of its own for it, as for a tied output embedding."""
-    try:
-        return checkpoint.weight_name(module)
-    except NotFoundError:
-        return None

@@ -3,7 +3,10 @@
 import dataclasses
 from dataclasses import dataclass
 
-from lorasb_runtime.errors import BasisMismatchError
+import torch
+
+from lorasb_runtime.errors import BasisMismatchError, NotFoundError
+from lorasb_runtime.importing.folder import TensorFile
 from lorasb_runtime.importing.foreign import Delta, ForeignAdapter
 from lorasb_runtime.models.locate import identify, open_model
 from lorasb_runtime.models.skeleton import LinearLayer, linear_layers
@@ -18,6 +21,23 @@ class Model:
     checkpoint: Checkpoint
     identity: BaseModelId
     layers: dict[str, LinearLayer]
+
+    def tensor_name(self, module: str) -> str | None:
+        """The tensor with the layer's weight; None for no layer, or one that has none there."""
+        layer = self.layers.get(module)
+        try:
+            return None if layer is None else self.checkpoint.weight_name(layer.holder)
+        except NotFoundError:
+            return None
+
+    def read_weight(self, module: str) -> torch.Tensor | None:
+        """The layer's weight as the checkpoint stores it, or None as above."""
+        name = self.tensor_name(module)
+        if name is None:
+            return None
+        return TensorFile(self.checkpoint.folder / self.checkpoint.tensors[name].file).tensor(
+            name, 2
+        )
 
 
 def open_import_model(model: str) -> Model:

@@ -7,7 +7,7 @@ from typing import Any
 
 from lorasb_runtime.errors import FileFormatError, InputError
 from lorasb_runtime.importing.folder import PEFT_CONFIG, CheckpointFolder
-from lorasb_runtime.importing.peft_fields import CONVERT, HARMLESS, MUTATING_INITS, REFUSED
+from lorasb_runtime.importing.peft_fields import HARMLESS, MUTATING_INITS, REFUSED
 from lorasb_runtime.importing.peft_tensors import MERGE_FIRST
 
 MAX_PATTERN = 256
@@ -129,11 +129,12 @@ class PeftConfig:
         if self._get("bias", str, "none") != "none":
             raise InputError(f"{self.source}: found trained biases; train with bias='none'")
         init = self._values.get("init_lora_weights", True)
-        if isinstance(init, str) and init.lower().startswith(MUTATING_INITS):
-            raise InputError(
-                f"{self.source}: found init_lora_weights {init[:40]!r}, which changes the base "
-                f"model's weights; {CONVERT}"
-            )
+        for start, way_out in MUTATING_INITS.items():
+            if isinstance(init, str) and init.lower().startswith(start):
+                raise InputError(
+                    f"{self.source}: found init_lora_weights {init[:40]!r}, which changes the base "
+                    f"model's weights; {way_out}"
+                )
 
     def _get(self, key: str, kind: type, default: Any) -> Any:
         value = self._values.get(key)

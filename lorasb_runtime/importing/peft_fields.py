@@ -17,9 +17,15 @@ REFUSED: dict[str, str] = {
     "modules_to_save": "train without modules_to_save",
     "trainable_token_indices": "train without trainable_token_indices",
 }
-# Inits that change the base model's weights while training.
-MUTATING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 CONVERT = "save it with PEFT's path_initial_model_for_weight_conversion, which makes a LoRA of it"
+# Beginnings of init_lora_weights that change the base model's weights in training.
+MUTATING_INITS = {
+    "pissa": CONVERT,
+    "olora": CONVERT,
+    "corda": CONVERT,
+    "lora_ga": CONVERT,
+    "loftq": MERGE_FIRST,
+}
 # Fields that say nothing about what the saved tensors mean, of LoRA, AdaLoRA and TinyLoRA.
 HARMLESS = frozenset(
     {

@@ -5,19 +5,18 @@ of B' and A' contain those of B and A.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 
 from lorasb_runtime.errors import BasisMismatchError
-from lorasb_runtime.importing.foreign import Delta, ForeignAdapter
+from lorasb_runtime.importing.foreign import Delta, ForeignAdapter, Report
 from lorasb_runtime.ops.core_matmul import scale_core
 from lorasb_runtime.storage.basis_file import Basis
 
 # Directions of a basis that are shorter than this share of its longest are rounding of float32.
 SHORTEST = 1e-6
-Report = Callable[[str, int, int, str], None]  # phase, done, total, note
 
 
 @dataclass(frozen=True)

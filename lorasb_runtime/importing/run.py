@@ -9,13 +9,13 @@ import torch
 
 from lorasb_runtime.errors import InputError, TooLargeError
 from lorasb_runtime.importing.folder import CheckpointFolder
-from lorasb_runtime.importing.foreign import ForeignAdapter
+from lorasb_runtime.importing.foreign import ForeignAdapter, Report
 from lorasb_runtime.importing.merged import read_merged
 from lorasb_runtime.importing.model import Model, check_modules, open_import_model
 from lorasb_runtime.importing.output import BASIS_FILE, adapter_names, output_folder
 from lorasb_runtime.importing.own_basis import own_basis
 from lorasb_runtime.importing.readers import boosters, read_foreign
-from lorasb_runtime.importing.rebase import Fit, Rebased, Report, rebase_all
+from lorasb_runtime.importing.rebase import Fit, Rebased, rebase_all
 from lorasb_runtime.importing.shared_basis import OTHER_WAYS, shared_basis, shared_cores
 from lorasb_runtime.storage.adapter_file import Adapter, save_adapter
 from lorasb_runtime.storage.basis_file import Basis, load_basis, save_basis
@@ -119,8 +119,8 @@ def _read(
 ) -> ForeignAdapter:
     if config.from_merged:
         assert model is not None
-        return read_merged(folder, model, report)
-    if config.boosters:
+        adapter = read_merged(folder, model, report)
+    elif config.boosters:
         adapter = boosters.read(folder, model, config.prefix)
     else:
         adapter = read_foreign(folder, model)
@@ -145,7 +145,7 @@ def _fit(
                 f"found {len(adapters)} checkpoints with a basis of their own, expected one; "
                 f"{OTHER_WAYS}"
             )
-        basis = own_basis(adapters[0], identity, config.rank)
+        basis = own_basis(adapters[0], identity, config.rank, report)
         limit = config.max_error
     else:
         limit = MAX_ERROR if config.max_error is None else config.max_error
@@ -159,12 +159,14 @@ def _check_error(adapter: ForeignAdapter, result: Rebased, limit: float | None) 
     found = result.total.relative_error
     if limit is None or found <= limit:
         return
-    lost = sum(fit.relative_error == 1.0 for fit in result.fits.values())
+    lost = [module for module, fit in result.fits.items() if fit.error == fit.delta > 0]
     worst = max(result.fits, key=lambda module: result.fits[module].relative_error)
+    why = (
+        f"{len(lost)} of its modules are no targets, such as {worst}" if lost else f"worst: {worst}"
+    )
     raise TooLargeError(
         f"{adapter.source}: found a relative error of {found:.3g} on this basis, expected at most "
-        f"{limit:g} (--max-error); {lost} of {len(result.fits)} modules are lost whole, the worst "
-        f"is {worst}"
+        f"{limit:g} (--max-error); {why}"
     )
 
 

@@ -1,6 +1,7 @@
 """PEFT's AdaLoRA: B diag(E) A, with what the training pruned already gone from the tensors."""
 
 from lorasb_runtime.errors import FileFormatError
+from lorasb_runtime.importing.beside import names_beside
 from lorasb_runtime.importing.folder import CheckpointFolder, TensorFile
 from lorasb_runtime.importing.foreign import Factors, ForeignAdapter
 from lorasb_runtime.importing.model import Model
@@ -28,7 +29,7 @@ def read(folder: CheckpointFolder, model: Model | None) -> ForeignAdapter:
     alpha = config.number("lora_alpha", 8)
     scaling = (alpha if alpha > 0 else initial) / (initial + EPSILON)
     ranks = _ranks(config, initial)
-    tensors = by_module(file, ("ada_A", "ada_B", "ada_E"))
+    tensors = by_module(file, ("ada_A", "ada_B", "ada_E"), names_beside(file, model))
     unknown = sorted(ranks.keys() - tensors.keys())
     if unknown:
         raise FileFormatError(config.source, f"rank_pattern {unknown[0]!r}", "modules of the file")

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lorasb_runtime.errors import FileFormatError
+from lorasb_runtime.importing.beside import names_beside
 from lorasb_runtime.importing.folder import CheckpointFolder
 from lorasb_runtime.importing.foreign import Factors, ForeignAdapter
 from lorasb_runtime.importing.model import Model
@@ -35,7 +36,7 @@ def read(folder: CheckpointFolder, model: Model | None) -> ForeignAdapter:
     Raises FileFormatError, and InputError for what is not linear in the weights.
     """
     config, file = PeftConfig(folder), folder.peft_weights
-    tensors = by_module(file, ("lora_A", "lora_B", "core"))
+    tensors = by_module(file, ("lora_A", "lora_B", "core"), names_beside(file, model))
     modules: dict[str, Factors] = {}
     for module in in_model_order(tensors):
         names = tensors[module]
@@ -45,7 +46,9 @@ def read(folder: CheckpointFolder, model: Model | None) -> ForeignAdapter:
         config.check_rank(module, factors.a.shape[0])
         modules[module] = factors
     found = measure(modules.values())
-    guess = {"method": found.method, "b_off_identity": found.b, "a_off_identity": found.a}
+    guess: dict[str, Any] = {"method": found.method}
+    if found.method is not None:
+        guess |= {"b_off_identity": found.b, "a_off_identity": found.a}
     return ForeignAdapter(
         folder.source,
         NAME,

@@ -1,10 +1,10 @@
 """PEFT's LoRA, as PEFT, GeLoRA (ranks by pattern), Flat-LoRA and LoRA-Pro (rsLoRA) leave it."""
 
-from lorasb_runtime.errors import InputError
+from lorasb_runtime.importing.beside import names_beside
 from lorasb_runtime.importing.folder import CheckpointFolder
 from lorasb_runtime.importing.foreign import Factors, ForeignAdapter
+from lorasb_runtime.importing.lost_cores import refuse_lost_cores
 from lorasb_runtime.importing.model import Model
-from lorasb_runtime.importing.orthonormality import measure
 from lorasb_runtime.importing.peft_config import PeftConfig
 from lorasb_runtime.importing.peft_tensors import by_module, in_model_order
 from lorasb_runtime.importing.read_factors import read_factors
@@ -25,7 +25,7 @@ def read(folder: CheckpointFolder, model: Model | None) -> ForeignAdapter:
     not linear in the weights.
     """
     config, file = PeftConfig(folder), folder.peft_weights
-    tensors = by_module(file, ("lora_A", "lora_B"))
+    tensors = by_module(file, ("lora_A", "lora_B"), names_beside(file, model))
     modules: dict[str, Factors] = {}
     for module in in_model_order(tensors):
         names = tensors[module]
@@ -33,13 +33,8 @@ def read(folder: CheckpointFolder, model: Model | None) -> ForeignAdapter:
         factors = read_factors(file, module, names["lora_A"], names["lora_B"], scaling)
         config.check_rank(module, factors.a.shape[0])
         modules[module] = factors
-    if OWN not in file.metadata and measure(modules.values()).method is not None:
-        raise InputError(
-            f"{folder.source}: found B and A that are both orthogonal, as of a LoRA-SB or LoRA-XS "
-            "checkpoint that has lost its cores (PEFT up to 0.17 drops them under an adapter name "
-            "other than 'default'); without them it means nothing: save it again from the "
-            "training run under the name 'default', or with PEFT 0.18 or later"
-        )
+    if OWN not in file.metadata:
+        refuse_lost_cores(folder.source, modules, model)
     return ForeignAdapter(
         folder.source,
         NAME,
