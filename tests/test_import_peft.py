@@ -4,47 +4,23 @@ from pathlib import Path
 
 import pytest
 import torch
-from bases import reference_logits
 from foreign import (
     PREFIX,
-    TOKENS,
     dense,
     lora_config,
-    peft_logits,
-    peft_model,
     rewrite,
-    save,
     save_peft,
     set_config,
     tensors_of,
 )
-from peft import AdaLoraConfig, LoraConfig, PeftConfig, TinyLoraConfig, VeloraConfig
+from imports import check_logits, import_one
+from peft import LoraConfig, VeloraConfig
 from pico import make_pico
 
-from lorasb_runtime.errors import FileFormatError, InputError
-from lorasb_runtime.importing.run import ImportConfig, Imported, ImportResult, import_checkpoints
-from lorasb_runtime.storage.adapter_file import load_adapter
+from lorasb_runtime.errors import InputError
 from lorasb_runtime.storage.basis_file import load_basis
 
 Q, V = "model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.v_proj"
-
-
-def run(folder: Path, output: Path, *, model: Path | None = None) -> ImportResult:
-    name = None if model is None else str(model)
-    return import_checkpoints([folder], ImportConfig(name), output)
-
-
-def check_logits(base: Path, folder: Path, output: Path, *, model: bool = False) -> Imported:
-    """Import, read the files again, and compare with PEFT on the same checkpoint."""
-    result = run(folder, output, model=base if model else None)
-    basis = load_basis(output / "basis.safetensors")
-    adapter = load_adapter(output / f"{folder.name}.safetensors", basis)
-    found = reference_logits(base, basis, adapter, TOKENS)
-    expected = peft_logits(base, folder)
-    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
-    untouched = reference_logits(base, basis, None, TOKENS)
-    assert (found - untouched).abs().max() > 0.05 * expected.abs().max()
-    return result.adapters[0]
 
 
 LORAS: dict[str, LoraConfig] = {
@@ -87,14 +63,14 @@ def test_the_model_says_what_is_transposed(pico_gpt2: Path, tmp_path: Path) -> N
     config = lora_config(target_modules=["c_attn", "c_proj", "lm_head"], fan_in_fan_out=True)
     folder = save_peft(pico_gpt2, tmp_path / "mixed", config)
     set_config(folder, fan_in_fan_out=False)
-    run(folder, tmp_path / "out", model=pico_gpt2)
+    import_one(folder, tmp_path / "out", model=pico_gpt2)
     targets = load_basis(tmp_path / "out" / "basis.safetensors").targets
     assert {t.module for t in targets if not t.transposed} == {"lm_head"}
 
 
 def test_the_basis_is_orthonormal_and_says_what_it_is(pico: Path, tmp_path: Path) -> None:
     folder = save_peft(pico, tmp_path / "alice", LORAS["wide"])
-    result = run(folder, tmp_path / "out", model=pico)
+    result = import_one(folder, tmp_path / "out", model=pico)
     basis = load_basis(tmp_path / "out" / "basis.safetensors")
     ranks = {t.module.rpartition(".")[2]: t.rank for t in basis.targets}
     assert ranks == {"q_proj": 24, "v_proj": 16, "down_proj": 24}
@@ -117,7 +93,7 @@ def test_without_a_model_the_name_is_the_checkpoints_and_unverified(
     folder = save_peft(pico, tmp_path / "alice", lora_config())
     for stated, name in (("org/model", "org/model"), ("/home/me/models/x/", "x"), (None, None)):
         set_config(folder, base_model_name_or_path=stated)
-        basis = run(folder, tmp_path / f"out-{name}".replace("/", "-")).basis
+        basis = import_one(folder, tmp_path / f"out-{name}".replace("/", "-")).basis
         found = basis.base_model
         assert (found.name if found else None) == name
         assert found is None or found.fingerprint is None
@@ -125,129 +101,39 @@ def test_without_a_model_the_name_is_the_checkpoints_and_unverified(
 
 def test_a_live_state_dicts_names_are_read_too(pico: Path, tmp_path: Path) -> None:
     folder = save_peft(pico, tmp_path / "alice", lora_config())
-    saved = run(folder, tmp_path / "saved").adapters[0].adapter
+    saved = import_one(folder, tmp_path / "saved").adapters[0].adapter
     live = {n.replace(".weight", ".bob.weight"): t for n, t in tensors_of(folder).items()}
     rewrite(folder, live)
-    assert torch.equal(run(folder, tmp_path / "live").adapters[0].adapter.cores, saved.cores)
+    assert torch.equal(import_one(folder, tmp_path / "live").adapters[0].adapter.cores, saved.cores)
     rewrite(folder, {n.removeprefix(PREFIX): t for n, t in live.items()})
-    assert torch.equal(run(folder, tmp_path / "bare").adapters[0].adapter.cores, saved.cores)
+    assert torch.equal(import_one(folder, tmp_path / "bare").adapters[0].adapter.cores, saved.cores)
 
 
 def test_a_copy_of_the_output_embedding_must_be_the_models(pico: Path, tmp_path: Path) -> None:
     """PEFT writes one where lm_head is a target, and another where the vocabulary has grown."""
     folder = save_peft(pico, tmp_path / "head", LORAS["head"])
     with pytest.raises(InputError, match=r"lm_head\.base_layer\.weight', a copy .* pass --model"):
-        run(folder, tmp_path / "out")
+        import_one(folder, tmp_path / "out")
     tensors = tensors_of(folder)
     copy = f"{PREFIX}lm_head.base_layer.weight"
     rewrite(folder, {**tensors, copy: tensors[copy] + 1})
     with pytest.raises(InputError, match=r"unlike the weight of pico, expected the base model's"):
-        run(folder, tmp_path / "out", model=pico)
+        import_one(folder, tmp_path / "out", model=pico)
     tied = make_pico("llama", tmp_path / "tied", tie_word_embeddings=True)
     folder = save_peft(tied, tmp_path / "t", LORAS["head"])
-    result = run(folder, tmp_path / "out", model=tied)
+    result = import_one(folder, tmp_path / "out", model=tied)
     index = [target.module for target in result.basis.targets].index("lm_head")
     core = result.basis.core(result.adapters[0].adapter.cores, index)
     found = result.basis.b("lm_head") @ core @ result.basis.a("lm_head")
     assert torch.allclose(found.double(), dense(folder, "lm_head", 2.0), atol=1e-4)
 
 
-def ada_config(**changes: object) -> AdaLoraConfig:
-    settings: dict[str, object] = {
-        "init_r": 5,
-        "target_r": 2,
-        "lora_alpha": 8,
-        "tinit": 1,
-        "tfinal": 1,
-        "deltaT": 1,
-        "total_step": 9,
-        "target_modules": ["q_proj", "v_proj"],
-    }
-    return AdaLoraConfig(**{**settings, **changes})
-
-
-@pytest.mark.parametrize("alpha", [8, 0])
-def test_an_adalora_gives_pefts_logits(alpha: int, pico: Path, tmp_path: Path) -> None:
-    folder = save_peft(pico, tmp_path / "ada", ada_config(lora_alpha=alpha))
-    imported = check_logits(pico, folder, tmp_path / "out")
-    assert (imported.format, imported.info) == ("peft-adalora", {})
-
-
-def test_a_pruned_adalora_keeps_the_scaling_of_its_first_rank(pico: Path, tmp_path: Path) -> None:
-    model = peft_model(pico, ada_config())
-    with torch.no_grad():  # what is to be pruned: all of one module, and every second direction
-        for name, parameter in model.named_parameters():
-            if "lora_E" in name:
-                parameter[::2] = 0
-                parameter *= Q not in name
-    model.peft_config["default"].rank_pattern = {
-        name.removeprefix(PREFIX): (parameter != 0).flatten().tolist()
-        for name, parameter in model.named_parameters()
-        if "lora_E" in name
-    }
-    save(model, tmp_path / "ada")
-    imported = check_logits(pico, tmp_path / "ada", tmp_path / "out")
-    assert imported.info == {"pruned": [Q]}
-    basis = load_basis(tmp_path / "out" / "basis.safetensors")
-    assert {t.rank for t in basis.targets} == {2}
-    assert Q not in {t.module for t in basis.targets}
-
-
-def tiny_config(tying: float) -> TinyLoraConfig:
-    modules = ["q_proj", "v_proj", "down_proj"]
-    return TinyLoraConfig(r=3, u=4, weight_tying=tying, target_modules=modules)
-
-
-@pytest.mark.parametrize("tying", [0.0, 0.4, 0.7, 1.0])
-def test_a_tinylora_gives_pefts_logits(tying: float, pico: Path, tmp_path: Path) -> None:
-    folder = save_peft(pico, tmp_path / "tiny", tiny_config(tying))
-    imported = check_logits(pico, folder, tmp_path / "out", model=tying < 1)
-    assert imported.format == "peft-tinylora"
-    basis = load_basis(tmp_path / "out" / "basis.safetensors")
-    a = tensors_of(folder)[f"{PREFIX}{Q}.tinylora_A"]
-    assert torch.equal(basis.a(Q), a) and basis.scaling == 1.0
-
-
-def test_a_tinylora_of_conv1d_layers_gives_pefts_logits(pico_gpt2: Path, tmp_path: Path) -> None:
-    config = TinyLoraConfig(r=2, u=3, target_modules=["c_attn"], fan_in_fan_out=True)
-    folder = save_peft(pico_gpt2, tmp_path / "tiny", config)
-    check_logits(pico_gpt2, folder, tmp_path / "out", model=True)
-
-
-def test_tinyloras_need_the_model_and_their_matrices(pico: Path, tmp_path: Path) -> None:
-    folder = save_peft(pico, tmp_path / "tiny", tiny_config(0.0))
-    with pytest.raises(InputError, match=r"found 6 vectors, .* in their order; pass --model"):
-        run(folder, tmp_path / "out")
-    tensors = tensors_of(folder)
-    rewrite(folder, {n: t for n, t in tensors.items() if not n.endswith("tinylora_v.3")})
-    with pytest.raises(FileFormatError, match=r"no tensor 'base_model\.tinylora_v\.3'"):
-        run(folder, tmp_path / "out", model=pico)
-    rewrite(folder, {n: t for n, t in tensors.items() if "tinylora_P" not in n})
-    with pytest.raises(InputError, match=r"found no tinylora_P, .*save_projection=True"):
-        run(folder, tmp_path / "out", model=pico)
-    set_config(folder, weight_tying=0.5)
-    rewrite(folder, tensors)
-    with pytest.raises(FileFormatError, match="found 6 vectors, expected 3 for a weight_tying"):
-        run(folder, tmp_path / "out", model=pico)
-
-
 def test_a_checkpoint_of_another_model_is_refused(pico: Path, tmp_path: Path) -> None:
     folder = save_peft(pico, tmp_path / "alice", lora_config())
     wide = make_pico("llama", tmp_path / "wide", intermediate_size=96)
     with pytest.raises(InputError, match=r"down_proj of shape \[32, 64\].* model's \[32, 96\]"):
-        run(folder, tmp_path / "out", model=wide)
+        import_one(folder, tmp_path / "out", model=wide)
     shallow = make_pico("llama", tmp_path / "shallow", num_hidden_layers=1)
     with pytest.raises(InputError, match=r"model\.layers\.1\..*, which is no linear layer of"):
-        run(folder, tmp_path / "out", model=shallow)
+        import_one(folder, tmp_path / "out", model=shallow)
     assert not (tmp_path / "out").exists()
-
-
-KINDS: dict[str, PeftConfig] = {"lora": lora_config(), "ada": ada_config()}
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_ranks_that_are_not_the_configs_are_refused(kind: str, pico: Path, tmp_path: Path) -> None:
-    folder = save_peft(pico, tmp_path / kind, KINDS[kind])
-    set_config(folder, **({"r": 3} if kind == "lora" else {"init_r": 4}))
-    with pytest.raises(FileFormatError, match=r"found rank [34] for model\..*, expected [45] as"):
-        run(folder, tmp_path / "out")

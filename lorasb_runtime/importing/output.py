@@ -16,18 +16,21 @@ NAMELESS = ("final_model", "ft")
 
 @contextmanager
 def output_folder(path: Path, holds: Sequence[str], *, force: bool) -> Iterator[Path]:
-    """A scratch folder that becomes `path` when the block ends well.
-
-    With `force` an existing folder is replaced if it holds nothing but files that match one of
-    the patterns `holds`. Raises ConflictError otherwise.
-    """
-    if force and path.exists():
-        _check_replaceable(path, holds)
+    """A scratch folder that becomes `path` when the block ends well; checked as below."""
+    check_output_folder(path, holds, force=force)
     with atomic.new_folder(path, force=force) as folder:
         yield folder
 
 
-def _check_replaceable(path: Path, holds: Sequence[str]) -> None:
+def check_output_folder(path: Path, holds: Sequence[str], *, force: bool) -> None:
+    """Raise ConflictError where `path` exists with something in it.
+
+    With `force` it may be a folder of nothing but files that match one of the patterns `holds`.
+    """
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if not force:
+        raise ConflictError(f"{path}: already exists; choose another output or pass --force")
     if path.is_symlink() or not path.is_dir():
         raise ConflictError(f"{path}: found something other than a folder, expected one to replace")
     for entry in path.iterdir():

@@ -59,9 +59,7 @@ class PeftConfig:
 
     def rank(self, module: str) -> int:
         """The rank that the module has by `rank_pattern`, or else by `r`."""
-        found = self._by_pattern("rank_pattern", module)
-        if found is None:
-            return self.count("r")
+        found = self._by_pattern("rank_pattern", module, self.count("r"))
         if type(found) is not int or found < 1:
             raise self._wrong("rank_pattern", "whole numbers above zero")
         return found
@@ -80,9 +78,7 @@ class PeftConfig:
 
     def scaling(self, module: str) -> float:
         """What PEFT multiplies B A by: alpha / r, or alpha / sqrt(r) with rsLoRA."""
-        alpha = self._by_pattern("alpha_pattern", module)
-        if alpha is None:
-            alpha = self.number("lora_alpha")
+        alpha = self._by_pattern("alpha_pattern", module, self.number("lora_alpha"))
         if not _is_number(alpha):
             raise self._wrong("alpha_pattern", "numbers")
         rank = self.rank(module)
@@ -91,12 +87,12 @@ class PeftConfig:
             raise FileFormatError(self.source, f"a scaling of 0 for {module}", "another number")
         return float(alpha / math.sqrt(rank) if stabilised else alpha / rank)
 
-    def _by_pattern(self, key: str, module: str) -> Any:
+    def _by_pattern(self, key: str, module: str, default: float) -> Any:
         """The value of the first pattern that matches the module's name or its end, as in PEFT."""
         for pattern, value in self.table(key).items():
             if self._compile(key, pattern).match(module):
                 return value
-        return None
+        return default
 
     def _compile(self, key: str, pattern: str) -> re.Pattern[str]:
         """Patterns that could take for ever are refused, as they come with the file."""

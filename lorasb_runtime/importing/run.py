@@ -12,7 +12,12 @@ from lorasb_runtime.importing.folder import CheckpointFolder
 from lorasb_runtime.importing.foreign import ForeignAdapter, Report
 from lorasb_runtime.importing.merged import read_merged
 from lorasb_runtime.importing.model import Model, check_modules, open_import_model
-from lorasb_runtime.importing.output import BASIS_FILE, adapter_names, output_folder
+from lorasb_runtime.importing.output import (
+    BASIS_FILE,
+    adapter_names,
+    check_output_folder,
+    output_folder,
+)
 from lorasb_runtime.importing.own_basis import own_basis
 from lorasb_runtime.importing.readers import boosters, read_foreign
 from lorasb_runtime.importing.rebase import Fit, Rebased, rebase_all
@@ -22,6 +27,7 @@ from lorasb_runtime.storage.basis_file import Basis, load_basis, save_basis
 from lorasb_runtime.storage.match import check_model
 from lorasb_runtime.types import BaseModelId
 
+WRITTEN = ("*.safetensors",)
 MAX_ERROR = 0.5  # of a re-based adapter, where no other limit is given
 
 
@@ -93,6 +99,7 @@ def import_checkpoints(
     ConflictError for an output that is in the way.
     """
     config.check()
+    check_output_folder(output, WRITTEN, force=force)
     names = adapter_names(paths)
     model = None if config.model is None else open_import_model(config.model)
     basis = None if config.basis is None else load_basis(config.basis)
@@ -100,7 +107,7 @@ def import_checkpoints(
         check_model(basis, model.checkpoint, str(config.basis))
     adapters = [_read(CheckpointFolder(path), config, model, report) for path in paths]
     made, cores, fits = _fit(adapters, basis, model, config, report)
-    with output_folder(output, ("*.safetensors",), force=force) as folder:
+    with output_folder(output, WRITTEN, force=force) as folder:
         if basis is None:
             save_basis(made, folder / BASIS_FILE)
         results = []
@@ -151,22 +158,22 @@ def _fit(
         limit = MAX_ERROR if config.max_error is None else config.max_error
     rebased = rebase_all(adapters, basis, report)
     for adapter, result in zip(adapters, rebased, strict=True):
-        _check_error(adapter, result, limit)
+        _check_error(adapter, result, basis, limit)
     return basis, [result.cores for result in rebased], [result.fits for result in rebased]
 
 
-def _check_error(adapter: ForeignAdapter, result: Rebased, limit: float | None) -> None:
+def _check_error(
+    adapter: ForeignAdapter, result: Rebased, basis: Basis, limit: float | None
+) -> None:
     found = result.total.relative_error
     if limit is None or found <= limit:
         return
-    lost = [module for module, fit in result.fits.items() if fit.error == fit.delta > 0]
+    lost = result.fits.keys() - {target.module for target in basis.targets}
     worst = max(result.fits, key=lambda module: result.fits[module].relative_error)
-    why = (
-        f"{len(lost)} of its modules are no targets, such as {worst}" if lost else f"worst: {worst}"
-    )
+    why = f"{len(lost)} of its modules are no targets, such as {min(lost)}; " if lost else ""
     raise TooLargeError(
         f"{adapter.source}: found a relative error of {found:.3g} on this basis, expected at most "
-        f"{limit:g} (--max-error); {why}"
+        f"{limit:g} (--max-error); {why}worst: {worst}"
     )
 
 

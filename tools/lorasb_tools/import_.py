@@ -49,12 +49,13 @@ def import_(
     config = ImportConfig(model, basis, max_error, from_merged, rank, boosters, prefix)
     with phases() as report:
         result = import_checkpoints(paths, config, output, force=force, report=report)
+    targets = {target.module for target in result.basis.targets}
     for adapter in result.adapters:
-        _warn(adapter)
+        _warn(adapter, targets)
     emit(_as_json(output, result), _as_text(output, result), as_json)
 
 
-def _warn(adapter: "Imported") -> None:
+def _warn(adapter: "Imported", targets: set[str]) -> None:
     left_out = adapter.info.get("left_out", {"tensors": []})
     names = [*left_out["tensors"], *adapter.info.get("added", [])]
     if names:
@@ -62,7 +63,7 @@ def _warn(adapter: "Imported") -> None:
             f"warning: {adapter.source} differs from the base model in {len(names)} tensors that "
             f"no adapter can hold ({names[0]}, ...); they are left out"
         )
-    missed = [m for m, fit in (adapter.fits or {}).items() if fit.delta and fit.error == fit.delta]
+    missed = [module for module in adapter.fits or () if module not in targets]
     if missed:
         note(
             f"warning: {len(missed)} modules of {adapter.source} are no targets of the basis "

@@ -60,8 +60,8 @@ def _unknown(folder: CheckpointFolder) -> InputError:
     inside = sorted(p.name for p in folder.path.iterdir() if (p / PEFT_CONFIG).exists())
     if inside:
         return InputError(
-            f"{folder.source}: found {len(inside)} checkpoints in folders inside ({inside[0]}, "
-            "...), expected one; name those, or pass --boosters where they are the steps of one"
+            f"{folder.source}: found no checkpoint but folders with one ({', '.join(inside[:3])}), "
+            "expected one; name those, or pass --boosters where they are the steps of one"
         )
     if folder.has("config.json"):
         if not any(folder.has(name) for name in (SINGLE, INDEX)):
