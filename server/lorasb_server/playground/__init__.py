@@ -1,0 +1,1 @@
+"""The page at `/`: what the server does, seen in a browser."""
