@@ -18,7 +18,9 @@ from lorasb_runtime.errors import BasisMismatchError
 from lorasb_runtime.merging import METHODS, fold
 from lorasb_runtime.merging.checkpoint import MergeReport, merge_checkpoint
 from lorasb_runtime.merging.combine import combine_adapters
-from lorasb_runtime.merging.fold import fold_into_model, fold_weight, target_delta
+from lorasb_runtime.merging.delta import core_deltas
+from lorasb_runtime.merging.fold import fold_weight
+from lorasb_runtime.merging.fold_model import fold_into_model
 from lorasb_runtime.merging.weighted import WeightedAdapter
 from lorasb_runtime.models.load import load_causal_lm
 from lorasb_runtime.models.targets import weight_of
@@ -39,7 +41,7 @@ def merge(
     return merge_checkpoint(
         open_checkpoint(model),
         basis,
-        scale_core(cores, basis.scaling),
+        core_deltas(basis, scale_core(cores, basis.scaling)),
         output,
         provenance={"basis": basis.digest, "method": "linear"},
         **options,
@@ -255,12 +257,13 @@ def test_a_delta_of_zero_changes_no_bit_and_is_kept_whole(pico_bf16: Path, tmp_p
 def test_folding_in_blocks_of_rows_gives_the_whole(
     pico: Path, basis: Basis, adapter: Adapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    delta = target_delta(basis, 0, adapter.cores)
-    weight = weight_of(load_causal_lm(pico).get_submodule(delta.target.module))
+    delta = core_deltas(basis, adapter.cores)(0, torch.float32)
+    module = basis.targets[0].module
+    weight = weight_of(load_causal_lm(pico).get_submodule(module))
     whole, parts = torch.empty_like(weight), torch.empty_like(weight)
-    measured = fold_weight(weight, delta, whole)
+    measured = fold_weight(weight, delta, whole, module)
     monkeypatch.setattr(fold, "BLOCK_ELEMENTS", 5 * weight.shape[1])
-    by_parts = fold_weight(weight, delta, parts)
+    by_parts = fold_weight(weight, delta, parts, module)
     assert torch.allclose(whole, parts, rtol=0, atol=1e-6)
     assert dataclasses.astuple(by_parts) == pytest.approx(dataclasses.astuple(measured), abs=1e-6)
 

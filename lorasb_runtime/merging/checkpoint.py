@@ -9,7 +9,8 @@ import torch
 from safetensors import safe_open
 
 from lorasb_runtime.merging import folder_files
-from lorasb_runtime.merging.fold import Survival, fold_weight, target_delta
+from lorasb_runtime.merging.delta import DeltaOf
+from lorasb_runtime.merging.fold import Survival, adding_dtype, fold_weight
 from lorasb_runtime.merging.source import check_shards, target_tensors
 from lorasb_runtime.storage import atomic, shard_writer, tensor_file
 from lorasb_runtime.storage.basis_file import Basis
@@ -39,7 +40,7 @@ class MergeReport:
 def merge_checkpoint(
     source: Checkpoint,
     basis: Basis,
-    scaled_cores: torch.Tensor,
+    deltas: DeltaOf,
     output: Path,
     *,
     dtype: torch.dtype | None = None,
@@ -47,9 +48,9 @@ def merge_checkpoint(
     force: bool = False,
     report: Report = lambda *_: None,
 ) -> MergeReport:
-    """Write `source` with the adapter folded in to the folder `output`, whole or not at all.
+    """Write `source` with the targets' deltas added to the folder `output`, whole or not at all.
 
-    scaled_cores: [D], from `scale_core`. dtype None keeps each tensor's own; otherwise every
+    dtype None keeps each tensor's own; otherwise every
     floating-point tensor is written in it. `provenance` goes into each shard's metadata under
     `lorasb.` keys. Sharding, index, config, tokenizer and other small files are kept.
 
@@ -60,7 +61,7 @@ def merge_checkpoint(
     check_model(basis, source, "basis")
     check_shards(source)
     targets = target_tensors(source, basis)
-    merge = _ShardMerge(source, basis, scaled_cores, targets, dtype, report)
+    merge = _ShardMerge(source, basis, deltas, targets, dtype, report)
     folder_files.check_output(source.folder, output, merge.nbytes, force=force)
     with atomic.new_folder(output, force=force) as folder:
         folder_files.copy_small_files(source.folder, folder)
@@ -79,7 +80,7 @@ class _ShardMerge:
         self,
         source: Checkpoint,
         basis: Basis,
-        scaled_cores: torch.Tensor,
+        deltas: DeltaOf,
         targets: dict[str, int],
         dtype: torch.dtype | None,
         report: Report,
@@ -87,7 +88,7 @@ class _ShardMerge:
         self.modules: dict[str, Survival] = {}
         self._source = source
         self._basis = basis
-        self._cores = scaled_cores
+        self._deltas = deltas
         self._targets = targets
         self._dtype = dtype
         self._report = report
@@ -142,10 +143,10 @@ class _ShardMerge:
         """The merged weight, [out, in] or as the checkpoint stores it."""
         target = self._basis.targets[index]
         out = torch.empty(weight.shape, dtype=DTYPES[dtype])
-        delta = target_delta(self._basis, index, self._cores)
+        delta = self._deltas(index, adding_dtype(weight.dtype))
         if target.transposed:
-            survival = fold_weight(weight.t(), delta, out.t())
+            survival = fold_weight(weight.t(), delta, out.t(), target.module)
         else:
-            survival = fold_weight(weight, delta, out)
+            survival = fold_weight(weight, delta, out, target.module)
         self.modules[target.module] = survival
         return out

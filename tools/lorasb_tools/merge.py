@@ -30,6 +30,7 @@ def merge(
     from lorasb_runtime.merging import find_method
     from lorasb_runtime.merging.checkpoint import merge_checkpoint
     from lorasb_runtime.merging.combine import combine_adapters
+    from lorasb_runtime.merging.delta import core_deltas
     from lorasb_runtime.merging.provenance import describe_merge
     from lorasb_runtime.merging.weighted import load_weighted
     from lorasb_runtime.models.load import parse_dtype
@@ -48,7 +49,7 @@ def merge(
         result = merge_checkpoint(
             source,
             loaded,
-            scale_core(cores, loaded.scaling),
+            core_deltas(loaded, scale_core(cores, loaded.scaling)),
             output,
             dtype=wanted,
             provenance=provenance,
