@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorasb_runtime.errors import BasisMismatchError
 from lorasb_runtime.merging import METHODS, fold
-from lorasb_runtime.merging.checkpoint import MergeReport, merge_checkpoint
+from lorasb_runtime.merging.checkpoint import MergeConfig, MergeReport, merge_checkpoint
 from lorasb_runtime.merging.combine import combine_adapters
 from lorasb_runtime.merging.delta import core_deltas
-from lorasb_runtime.merging.fold import fold_weight
+from lorasb_runtime.merging.fold import fold_target
 from lorasb_runtime.merging.fold_model import fold_into_model
 from lorasb_runtime.merging.weighted import WeightedAdapter
 from lorasb_runtime.models.load import load_causal_lm
@@ -38,13 +38,15 @@ def merge(
 ) -> MergeReport:
     items = [WeightedAdapter(a) if isinstance(a, Adapter) else a for a in adapters]
     cores = combine_adapters(items, basis, METHODS["linear"])
+    force = options.pop("force", False)
     return merge_checkpoint(
         open_checkpoint(model),
         basis,
         core_deltas(basis, scale_core(cores, basis.scaling)),
         output,
         provenance={"basis": basis.digest, "method": "linear"},
-        **options,
+        config=MergeConfig(**options),
+        force=force,
     )
 
 
@@ -127,7 +129,14 @@ def test_only_targets_change_and_all_else_is_copied(
     (model / "README.md").write_text("hello")
     (model / "additional_chat_templates").mkdir()
     (model / "additional_chat_templates" / "rag.jinja").write_text("{{ 1 }}")
-    unwanted = ("adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "x.bin", ".git")
+    unwanted = (
+        "lorasb_undo.zip",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "optimizer.pt",
+        "x.bin",
+        ".git",
+    )
     for name in unwanted:
         (model / name).write_bytes(b"stale")
     merge(model, basis, tmp_path / "out", adapter)
@@ -136,10 +145,12 @@ def test_only_targets_change_and_all_else_is_copied(
     assert {n for n in before if not torch.equal(before[n], after[n])} == targets
     assert {n: t.dtype for n, t in before.items()} == {n: t.dtype for n, t in after.items()}
     kept = {p.relative_to(model) for p in model.rglob("*")} - {Path(n) for n in unwanted}
-    assert {p.relative_to(tmp_path / "out") for p in (tmp_path / "out").rglob("*")} == kept
-    for path in kept - {Path(SINGLE)}:
+    new = {Path("BASE_README.md"), Path("lorasb_merge.json")}
+    assert {p.relative_to(tmp_path / "out") for p in (tmp_path / "out").rglob("*")} == kept | new
+    for path in kept - {Path(SINGLE), Path("README.md")}:
         if (model / path).is_file():
             assert (tmp_path / "out" / path).read_bytes() == (model / path).read_bytes()
+    assert (tmp_path / "out" / "BASE_README.md").read_text() == "hello"
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.decode(tokenizer.encode("a b")) == "a b"
@@ -242,7 +253,9 @@ def test_the_share_that_survives_rounding_is_measured(
     assert report.total.kept == pytest.approx(overlap / square, rel=1e-4)
     assert report.total.ratio == pytest.approx((square / weight) ** 0.5, rel=1e-4)
     assert report.total.relative_error == pytest.approx((error / square) ** 0.5, rel=1e-4)
-    assert report.modules[report.least_kept].kept == min(m.kept for m in report.modules.values())
+    errors = [report.modules[name].relative_error for name in report.worst_first]
+    assert errors == sorted(errors, reverse=True)
+    assert report.narrow == report.modules.keys()
     assert (report.total.kept < 0.9) == (strength < 0.3)
 
 
@@ -257,15 +270,16 @@ def test_a_delta_of_zero_changes_no_bit_and_is_kept_whole(pico_bf16: Path, tmp_p
 def test_folding_in_blocks_of_rows_gives_the_whole(
     pico: Path, basis: Basis, adapter: Adapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    delta = core_deltas(basis, adapter.cores)(0, torch.float32)
-    module = basis.targets[0].module
-    weight = weight_of(load_causal_lm(pico).get_submodule(module))
+    delta, target = core_deltas(basis, adapter.cores)(0, torch.float32), basis.targets[0]
+    weight = weight_of(load_causal_lm(pico).get_submodule(target.module))
     whole, parts = torch.empty_like(weight), torch.empty_like(weight)
-    measured = fold_weight(weight, delta, whole, module)
+    measured = fold_target(weight, delta, weight.dtype, whole.__setitem__, target)
     monkeypatch.setattr(fold, "BLOCK_ELEMENTS", 5 * weight.shape[1])
-    by_parts = fold_weight(weight, delta, parts, module)
+    by_parts = fold_target(weight, delta, weight.dtype, parts.__setitem__, target)
     assert torch.allclose(whole, parts, rtol=0, atol=1e-6)
-    assert dataclasses.astuple(by_parts) == pytest.approx(dataclasses.astuple(measured), abs=1e-6)
+    assert dataclasses.astuple(by_parts) == pytest.approx(
+        dataclasses.astuple(measured), rel=1e-6, abs=1e-12
+    )
 
 
 def test_folding_in_memory_is_what_merging_writes(

@@ -1,110 +1,138 @@
-"""Folding: W0 + delta into one weight, and the measure of what rounding left of the delta."""
+"""Folding: W0 + delta into one weight, block by block, and the measure of what rounding left."""
 
+import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
+import numpy as np
 import torch
 
 from lorasb_runtime.errors import InputError
 from lorasb_runtime.merging.delta import Delta
+from lorasb_runtime.merging.survival import Survival, measure
+from lorasb_runtime.ops.rounding import round_stochastically
+from lorasb_runtime.types import TargetModule
 
-# A weight is folded by rows, about so many entries at a time: few enough for the processor's cache.
-BLOCK_ELEMENTS = 1 << 16
+# A weight is folded by rows, about so many entries at a time: few enough for the processor's cache,
+# many enough that starting an operation costs little. Stochastic rounding draws by block, too.
+BLOCK_ELEMENTS = 1 << 17
+
+# Takes some rows of the result and where they belong.
+Put = Callable[[slice, torch.Tensor], None]
+
+
+class Rows(Protocol):
+    """A weight as it is stored, of two dimensions; a tensor is one."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def __getitem__(self, rows: slice, /) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
-class Survival:
-    """What became of a delta in the stored weights; sums over entries, in float64.
+class Rounding:
+    """How sums become numbers of a 16-bit dtype: to the nearest, or by chance from a seed.
 
-    stored = W_out - W0, the change that really lies in the output.
+    A target's draws depend on the seed and the target's name alone.
     """
 
-    weight: float = 0.0  # |W0|^2
-    delta: float = 0.0  # |delta|^2
-    overlap: float = 0.0  # <stored, delta>
-    error: float = 0.0  # |stored - delta|^2
+    stochastic: bool = False
+    seed: int = 0
 
-    def __add__(self, other: "Survival") -> "Survival":
-        return Survival(
-            self.weight + other.weight,
-            self.delta + other.delta,
-            self.overlap + other.overlap,
-            self.error + other.error,
-        )
+    def round(self, name: str) -> Callable[[torch.Tensor, torch.dtype], torch.Tensor]:
+        """What rounds the blocks of the target `name`, in their order."""
+        if not self.stochastic:
+            return _nearest
+        digest = hashlib.sha256(f"{self.seed}|{name}".encode()).digest()
+        generator = np.random.Generator(np.random.SFC64(int.from_bytes(digest)))
 
-    @property
-    def ratio(self) -> float:
-        """rms(delta) / rms(W0); 0 where there are no weights."""
-        return (self.delta / self.weight) ** 0.5 if self.weight else 0.0
+        def round(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+            if dtype.itemsize > 2:
+                return x.to(dtype)
+            return round_stochastically(x, dtype, generator)
 
-    @property
-    def kept(self) -> float:
-        """Share of the delta that survived the rounding; 1 for a delta of zero."""
-        return self.overlap / self.delta if self.delta else 1.0
-
-    @property
-    def relative_error(self) -> float:
-        """|stored - delta| / |delta|; 0 for a delta of zero."""
-        return (self.error / self.delta) ** 0.5 if self.delta else 0.0
+        return round
 
 
-def fold_weight(weight: torch.Tensor, delta: Delta, out: torch.Tensor, name: str) -> Survival:
-    """Write round(W0 + delta) into `out`: added in `adding_dtype`, rounded once to `out`'s dtype.
+NEAREST = Rounding()
 
-    weight, out: [out, in], views allowed, and `out` may be `weight` itself. delta: in the dtype of
-    the addition. Raises InputError, which names `name`, when a value leaves the range of `out`'s
-    dtype.
-    """
-    survival = Survival()
-    rows = max(1, BLOCK_ELEMENTS // weight.shape[1])
-    with _one_thread():
-        for start in range(0, weight.shape[0], rows):
-            survival += _fold_rows(weight, delta, out, slice(start, start + rows), name)
-    return survival
+
+def _nearest(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return x.to(dtype)
 
 
 def adding_dtype(weight: torch.dtype) -> torch.dtype:
     """What a delta is added in: float64 for a float64 weight, float32 for any other."""
-    return torch.promote_types(weight, torch.float32)
+    return torch.float64 if weight == torch.float64 else torch.float32
 
 
-def _fold_rows(
-    weight: torch.Tensor, delta: Delta, out: torch.Tensor, part: slice, name: str
+def row_blocks(shape: torch.Size) -> Iterator[slice]:
+    """The rows of a matrix in parts of about BLOCK_ELEMENTS entries."""
+    rows = max(1, BLOCK_ELEMENTS // max(1, shape[1]))
+    for start in range(0, shape[0], rows):
+        yield slice(start, min(start + rows, shape[0]))
+
+
+def fold_target(
+    weight: Rows,
+    delta: Delta,
+    dtype: torch.dtype,
+    put: Put,
+    target: TargetModule,
+    rounding: Rounding = NEAREST,
 ) -> Survival:
-    before = weight[part].to(adding_dtype(weight.dtype))
-    wanted = delta.block(part, slice(None))
-    folded = (before + wanted).to(out.dtype)
-    survival = _survival(before, wanted, folded)
-    if not math.isfinite(survival.error):
-        raise InputError(
-            f"{name}: found Inf or NaN in the merged weight, expected numbers that fit "
-            f"{str(out.dtype).removeprefix('torch.')}"
-        )
-    out[part] = folded
+    """Hand W0 + delta, added in `adding_dtype` and rounded once to `dtype`, to `put` by rows.
+
+    weight: [out, in], or [in, out] where the target is transposed, and so is the result; delta: in
+    the dtype of the addition. Raises InputError, which names the target, when a value leaves the
+    range of `dtype`.
+    """
+    survival = Survival()
+    adding = adding_dtype(weight.dtype)
+    round_ = rounding.round(target.module)
+    buffers = torch.empty(3, 0, 0, dtype=adding)
+    for part in row_blocks(weight.shape):
+        rows = weight[part]
+        if buffers.shape[1:] != rows.shape:  # the last block has fewer rows
+            buffers = torch.empty(3, *rows.shape, dtype=adding, device=rows.device)
+        before, total, stored = buffers
+        before.copy_(rows)
+        wanted = rows_of(delta, part, target.transposed)
+        folded = round_(torch.add(before, wanted, out=total), dtype)
+        found = measure(before, wanted, stored.copy_(folded))
+        if not math.isfinite(found.error):
+            raise InputError(
+                f"{target.module}: found Inf or NaN in the merged weight, expected numbers that "
+                f"fit {str(dtype).removeprefix('torch.')}"
+            )
+        survival += found
+        put(part, folded)
     return survival
 
 
+def rows_of(delta: Delta, part: slice, transposed: bool) -> torch.Tensor:
+    """A delta's rows as the weight is stored, contiguous."""
+    if transposed:
+        return delta.block(slice(None), part).t().contiguous()
+    return delta.block(part, slice(None)).contiguous()
+
+
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """Keep torch to one thread: blocks are small, and waiting for a busy core costs far more."""
+def one_thread() -> Iterator[None]:
+    """Keep torch to one thread: blocks are small, and waiting for a busy core costs far more.
+
+    Threads that start meanwhile keep to it as well.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def _survival(before: torch.Tensor, wanted: torch.Tensor, folded: torch.Tensor) -> Survival:
-    w0, delta = before.double().flatten(), wanted.double().flatten()
-    stored = folded.double().flatten() - w0
-    overlap = torch.dot(stored, delta).item()
-    error = stored.sub_(delta)
-    return Survival(
-        weight=torch.dot(w0, w0).item(),
-        delta=torch.dot(delta, delta).item(),
-        overlap=overlap,
-        error=torch.dot(error, error).item(),
-    )

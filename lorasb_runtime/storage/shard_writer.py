@@ -1,8 +1,9 @@
-"""Writes one safetensors shard tensor by tensor, so that memory holds one tensor at a time."""
+"""Writes a safetensors shard in parts, so that memory never holds a whole tensor of it."""
 
 import json
+import os
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -17,6 +18,7 @@ NAMES = {
     torch.bfloat16: "BF16",
 }
 DTYPES = {name: dtype for dtype, name in NAMES.items()}
+CHUNK_BYTES = 1 << 20  # of one write: others that write to the file come in between
 
 
 @dataclass(frozen=True)
@@ -32,25 +34,46 @@ class TensorSpec:
         return TensorSpec(NAMES[dtype], self.shape, prod(self.shape) * dtype.itemsize)
 
 
-def write_shard(
-    path: Path,
-    layout: Mapping[str, TensorSpec],
-    metadata: Mapping[str, str],
-    contents: Iterable[memoryview],
-) -> None:
-    """Write a safetensors file with the tensors of `layout`, in its order.
+class NewShard:
+    """A safetensors file being written: each tensor's bytes go to their place in any order.
 
-    `contents` gives each tensor's bytes, in the same order. Raises ValueError when these are not
-    as many as announced.
+    Several threads may write at once. Whoever writes sees to it that every byte is written: a file
+    has its full size from the start, and what is missing would be zeros.
     """
-    header = _header(layout, metadata)
-    with path.open("wb") as file:
-        file.write(struct.pack("<Q", len(header)))
-        file.write(header)
-        for (name, spec), data in zip(layout.items(), contents, strict=True):
-            if data.nbytes != spec.nbytes:
-                raise ValueError(f"{name}: {data.nbytes} bytes, announced {spec.nbytes}")
-            file.write(data)
+
+    def __init__(
+        self, path: Path, layout: Mapping[str, TensorSpec], metadata: Mapping[str, str]
+    ) -> None:
+        """Makes the file with the tensors of `layout`, in its order."""
+        header = _header(layout, metadata)
+        self._starts: dict[str, int] = {}
+        end = 8 + len(header)
+        for name, spec in layout.items():
+            self._starts[name] = end
+            end += spec.nbytes
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        self._write(struct.pack("<Q", len(header)) + header, 0)
+        os.truncate(self._file, end)
+
+    def write(self, name: str, start: int, data: memoryview) -> None:
+        """Put `data` at byte `start` of the tensor `name`."""
+        self._write(data.cast("B"), self._starts[name] + start)
+
+    def _write(self, data: bytes | memoryview, offset: int) -> None:
+        for begin in range(0, len(data), CHUNK_BYTES):
+            part = data[begin : begin + CHUNK_BYTES]
+            while len(part):
+                written = os.pwrite(self._file, part, offset)
+                part, offset = part[written:], offset + written
+
+    def sync(self) -> None:
+        os.fsync(self._file)
+
+    def __enter__(self) -> "NewShard":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._file)
 
 
 def _header(layout: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> bytes:
