@@ -15,10 +15,11 @@ from lorasb_runtime.merging.record import MergeRecord, write_card, write_report
 from lorasb_runtime.merging.shard_merge import ShardMerge
 from lorasb_runtime.merging.source import check_shards, target_weights
 from lorasb_runtime.merging.survival import Survival
+from lorasb_runtime.merging.undo import most_undo_bytes, write_undo
 from lorasb_runtime.merging.view import ModelView, ViewReader, view_model
 from lorasb_runtime.merging.writing import NewModel, Report, write_model
 from lorasb_runtime.storage.basis_file import Basis
-from lorasb_runtime.storage.checkpoint import Checkpoint
+from lorasb_runtime.storage.checkpoint import Checkpoint, open_checkpoint
 from lorasb_runtime.storage.match import check_fingerprint, check_shapes
 
 
@@ -91,7 +92,8 @@ def merge_checkpoint(
     plans = plan_shards(view, target_weights(view, basis), output_dtypes(view, config.dtype))
     fold = partial(fold_target, rounding=config.rounding)
     merge = ShardMerge(ViewReader(view), basis, deltas, fold, config.workers)
-    record = MergeRecord.of(source, provenance, _changes(view, config))
+    new_config = folder_files.new_config(view.checkpoint.config, config.dtype)
+    record = MergeRecord.of(source, provenance, _changes(view, config), new_config)
     made = MergeReport({})
 
     def finish(folder: Path) -> None:
@@ -99,14 +101,17 @@ def merge_checkpoint(
         made = _report_of(merge.modules, basis, plans)
         write_report(folder, record, made.modules)
         write_card(folder, record, made.total)
-        folder_files.write_config(source, view.checkpoint.config, config.dtype, folder)
+        folder_files.write_config(source, new_config, folder)
+        if config.reversible:
+            write_undo(source, open_checkpoint(folder), folder / folder_files.UNDO)
         if check is not None:
             check(folder)
 
     def metadata(plan: ShardPlan) -> dict[str, str]:
         return record.metadata(source, plan)
 
-    write_model(NewModel(source, plans, output, force, report), merge, metadata, finish)
+    more = most_undo_bytes(source, plans) if config.reversible else 0
+    write_model(NewModel(source, plans, output, force, report, more), merge, metadata, finish)
     return made
 
 

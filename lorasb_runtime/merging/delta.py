@@ -45,16 +45,6 @@ class DenseDelta:
         return self._matrix[rows, columns]
 
 
-class Negated:
-    """Another delta with its sign turned round."""
-
-    def __init__(self, delta: Delta) -> None:
-        self._delta = delta
-
-    def block(self, rows: slice, columns: slice) -> torch.Tensor:
-        return -self._delta.block(rows, columns)
-
-
 def core_deltas(
     basis: Basis, scaled_cores: torch.Tensor, device: torch.device | None = None
 ) -> DeltaOf:

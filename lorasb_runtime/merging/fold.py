@@ -68,9 +68,9 @@ def _nearest(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return x.to(dtype)
 
 
-def adding_dtype(weight: torch.dtype) -> torch.dtype:
-    """What a delta is added in: float64 for a float64 weight, float32 for any other."""
-    return torch.float64 if weight == torch.float64 else torch.float32
+def adding_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """What a delta is added in: float64 where the weight is, before or after, else float32."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
 
 
 def row_blocks(shape: torch.Size) -> Iterator[slice]:
@@ -95,7 +95,7 @@ def fold_target(
     range of `dtype`.
     """
     survival = Survival()
-    adding = adding_dtype(weight.dtype)
+    adding = adding_dtype(weight.dtype, dtype)
     round_ = rounding.round(target.module)
     buffers = torch.empty(3, 0, 0, dtype=adding)
     for part in row_blocks(weight.shape):

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,10 @@ UNDO = "lorasb_undo.zip"
 CARD = "README.md"
 BASE_CARD = "BASE_README.md"
 CONFIG = "config.json"
+# Small files that do not keep their names. The config comes last and makes a folder a model; the
+# base model's card speaks of another one.
+TO_MERGED = {CONFIG: None, CARD: BASE_CARD}
+TO_BASE = {CONFIG: None, CARD: None, BASE_CARD: CARD}
 
 # What a merged folder must not take along: an adapter that loaders would apply once more, weights
 # that were not merged, and what an earlier merge says of itself.
@@ -52,19 +56,20 @@ def _may_replace(output: Path) -> bool:
     return output.is_dir() and ((output / CONFIG).is_file() or not any(output.iterdir()))
 
 
-def copy_small_files(source: Path, folder: Path) -> None:
+def copy_small_files(
+    source: Path, folder: Path, renamed: Mapping[str, str | None] = TO_MERGED
+) -> None:
     """Copy everything but weights and hidden files, subfolders (chat templates) included.
 
-    Without the config, which comes last and makes the folder a model, and with the model card
-    under another name, as it speaks of another model.
+    `renamed` has other names for some files, None for those that are left out.
     """
     for path in _small_files(source):
-        name = path.relative_to(source)
-        if str(name) == CONFIG:
-            continue
-        copy = folder / (BASE_CARD if str(name) == CARD else name)
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, copy)
+        name = str(path.relative_to(source))
+        new = renamed.get(name, name)
+        if new is not None:
+            copy = folder / new
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, copy)
 
 
 def _small_files(source: Path) -> Iterator[Path]:
@@ -87,18 +92,17 @@ def write_index(source: Checkpoint, plans: Sequence[ShardPlan], folder: Path) ->
     write_json(folder / INDEX, index)
 
 
-def write_config(
-    source: Checkpoint, config: dict[str, Any], dtype: torch.dtype | None, folder: Path
-) -> None:
-    """`config`, and with a dtype its own and that of configs inside it set to `dtype`.
+def new_config(config: dict[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
+    """`config`, and with a dtype its own and that of configs inside it set to `dtype`."""
+    if dtype is None:
+        return config
+    name = str(dtype).removeprefix("torch.")
+    config = _with_dtype(config, name)
+    return config if any(key in config for key in DTYPE_KEYS) else {**config, "dtype": name}
 
-    Where it is the source's, the file is copied as it is.
-    """
-    if dtype is not None:
-        name = str(dtype).removeprefix("torch.")
-        config = _with_dtype(config, name)
-        if not any(key in config for key in DTYPE_KEYS):
-            config["dtype"] = name
+
+def write_config(source: Checkpoint, config: dict[str, Any], folder: Path) -> None:
+    """Where it is the source's, the file is copied as it is."""
     if config == source.config:
         shutil.copyfile(source.folder / CONFIG, folder / CONFIG)
     else:

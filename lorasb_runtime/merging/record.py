@@ -17,12 +17,13 @@ from lorasb_runtime.storage.checkpoint import Checkpoint
 from lorasb_runtime.storage.tensor_file import dump_json
 
 PREFIX = "lorasb."
-DTYPES_KEY = "source_dtypes"
+DTYPES_KEY = PREFIX + "source_dtypes"
+EARLIER_KEY = PREFIX + "earlier"
 FORMAT = "lorasb-merge"
 FORMAT_VERSION = "1"
 # Of the base model's card: what holds of anything that is made from it.
 INHERITED = ("license", "license_name", "license_link", "language", "pipeline_tag")
-JSON_KEYS = ("base_model", "adapters", "options", "changes", "earlier")
+JSON_KEYS = ("base_model", "adapters", "options", "changes", "config")
 
 
 @dataclass(frozen=True)
@@ -30,53 +31,85 @@ class MergeRecord:
     """Where a merged model came from: by key, as text, JSON where JSON_KEYS says.
 
     Its keys are those of `describe_merge`; `changes`, what was done besides adding the delta;
-    `earlier`, the record of the model that this one was merged into, if that was merged itself.
+    `config`, the source's, where it is not the merged model's. A shard's metadata also has
+    `source_dtypes`, of tensors that do not have them any more, and `earlier`, what a merge before
+    this one had put there.
     """
 
     provenance: Mapping[str, str]
 
     @staticmethod
     def of(
-        source: Checkpoint, provenance: Mapping[str, str], changes: Mapping[str, object]
+        source: Checkpoint,
+        provenance: Mapping[str, str],
+        changes: Mapping[str, object],
+        config: Mapping[str, Any],
     ) -> "MergeRecord":
-        """A new record for a merge into `source`."""
+        """A new record for a merge into `source`; config: the merged model's."""
         values = dict(provenance)
         if changes:
             values["changes"] = dump_json(dict(changes))
-        before = MergeRecord.read(source)
-        if before is not None:
-            values["earlier"] = dump_json(before.as_json())
+        if config != source.config:
+            values["config"] = dump_json(source.config)
         return MergeRecord(values)
 
     @staticmethod
     def read(merged: Checkpoint) -> "MergeRecord | None":
         """The record in a checkpoint's first shard; None where it was not merged."""
         path = merged.folder / merged.shards[0]
-        header, _ = tensor_file.read_header(path)
         values = {
             key.removeprefix(PREFIX): value
-            for key, value in header.get("__metadata__", {}).items()
-            if key.startswith(PREFIX) and key != PREFIX + DTYPES_KEY
+            for key, value in shard_metadata(path).items()
+            if key.startswith(PREFIX) and key not in (DTYPES_KEY, EARLIER_KEY)
         }
         for key in JSON_KEYS:
             tensor_file.Metadata(str(path), values).json(key)
         return MergeRecord(values) if values else None
 
     def metadata(self, source: Checkpoint, plan: ShardPlan) -> dict[str, str]:
-        """A shard's metadata: the record, and the source's dtypes of tensors that changed them."""
+        """What the merged shard has for its metadata."""
+        own = shard_metadata(source.folder / plan.file)
+        before = {key: value for key, value in own.items() if key.startswith(PREFIX)}
+        kept = {key: value for key, value in own.items() if key not in before}
         values = {PREFIX + key: value for key, value in self.provenance.items()}
         changed = {
             name: source.tensors[name].dtype
             for name, spec in plan.layout.items()
             if name in source.tensors and source.tensors[name].dtype != spec.dtype
         }
-        return {**values, PREFIX + DTYPES_KEY: dump_json(changed)} if changed else values
+        if changed:
+            values[DTYPES_KEY] = dump_json(changed)
+        if before:
+            values[EARLIER_KEY] = dump_json(before)
+        return {**kept, **values}
 
     def as_json(self) -> dict[str, Any]:
         return {
             key: json.loads(value) if key in JSON_KEYS else value
             for key, value in self.provenance.items()
         }
+
+
+def shard_metadata(path: Path) -> dict[str, str]:
+    header, _ = tensor_file.read_header(path)
+    found: dict[str, str] = header.get("__metadata__", {"format": "pt"})
+    return found
+
+
+def metadata_before(merged: Path) -> dict[str, str]:
+    """What a merged shard's source had for its metadata."""
+    own = shard_metadata(merged)
+    before = tensor_file.Metadata(str(merged), own).json_object(EARLIER_KEY)
+    return {**{key: value for key, value in own.items() if not key.startswith(PREFIX)}, **before}
+
+
+def source_dtypes(merged: Checkpoint) -> dict[str, str]:
+    """By name, what safetensors calls the dtype that a tensor had before it was merged."""
+    found: dict[str, str] = {}
+    for shard in merged.shards:
+        path = merged.folder / shard
+        found |= tensor_file.Metadata(str(path), shard_metadata(path)).json_object(DTYPES_KEY)
+    return found
 
 
 def figures(survival: Survival) -> dict[str, float]:

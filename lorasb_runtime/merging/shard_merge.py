@@ -84,8 +84,9 @@ class ShardMerge(Generic[Found]):
                 convert(weight, DTYPES[piece.dtype], put, piece.name)
             else:
                 target = self._basis.targets[piece.target]
-                delta = self._deltas(piece.target, adding_dtype(weight.dtype))
-                found = self._fold(weight, delta, DTYPES[piece.dtype], put, target)
+                dtype = DTYPES[piece.dtype]
+                delta = self._deltas(piece.target, adding_dtype(weight.dtype, dtype))
+                found = self._fold(weight, delta, dtype, put, target)
                 self.modules[target.module] = found
 
 

@@ -44,10 +44,17 @@ def check_shards(source: Checkpoint) -> None:
             )
 
 
-def target_weights(view: ModelView, basis: Basis) -> dict[WeightPlace, int]:
-    """From each target's weight to its index; raises InputError for weights that take no delta."""
+def target_weights(
+    view: ModelView, basis: Basis, without: str | None = None
+) -> dict[WeightPlace, int]:
+    """From each target's weight to its index; raises InputError for weights that take no delta.
+
+    without: a target that is left out.
+    """
     targets: dict[WeightPlace, int] = {}
     for index, target in enumerate(basis.targets):
+        if target.module == without:
+            continue
         place = view.checkpoint.find_weight(target.module)
         dtype = view.checkpoint.tensors[place.name].dtype
         if dtype not in DTYPES:

@@ -1,5 +1,7 @@
 """Write a file or a folder aside, then rename it: readers see the old one, the new one or none."""
 
+import fcntl
+import glob
 import os
 import shutil
 import tempfile
@@ -44,21 +46,51 @@ def new_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
 
     Raises ConflictError when `path` exists with something in it and `force` is false. With
     `force` the old folder is moved aside before the new one takes its name, and then deleted.
+    What killed processes left behind for `path` is deleted, too.
     """
     if path.exists() and not force and (not path.is_dir() or any(path.iterdir())):
         raise ConflictError(f"{path}: already exists; choose another output or pass --force")
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
+        with _locked(left, wait=False) as ours:
+            if ours:
+                shutil.rmtree(left, ignore_errors=True)
+    new = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".new"))
+    aside = new.with_suffix(".tmp")
+    with _locked(new, wait=True):
+        try:
+            os.rename(new, aside)  # once it is locked, so that nobody takes it for left behind
+            yield aside
+            os.chmod(aside, 0o777 & ~_umask())
+            for file in aside.rglob("*"):
+                if file.is_file():
+                    sync_file(file)
+            sync_folder(aside)
+            _swap(aside, path)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def _locked(folder: Path, *, wait: bool) -> Iterator[bool]:
+    """Hold the folder's lock, which ends with its process; false where another one holds it.
+
+    False as well where the file system knows no locks, or the path is no folder (any more).
+    """
     try:
-        yield aside
-        os.chmod(aside, 0o777 & ~_umask())
-        for file in aside.rglob("*"):
-            if file.is_file():
-                sync_file(file)
-        sync_folder(aside)
-        _swap(aside, path)
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        yield False
+        return
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        held = True
+    except OSError:
+        held = False
+    try:
+        yield held
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        os.close(fd)
 
 
 def _swap(aside: Path, path: Path) -> None:

@@ -7,7 +7,19 @@ import typer
 from typer.exceptions import TyperException
 
 from lorasb_runtime.errors import InputError, LorasbError
-from lorasb_tools import bench, blend, derive, keys, merge, pack, publish, serve, store, train
+from lorasb_tools import (
+    bench,
+    blend,
+    derive,
+    keys,
+    merge,
+    pack,
+    publish,
+    serve,
+    store,
+    train,
+    unmerge,
+)
 
 app = typer.Typer(
     name="lorasb",
@@ -24,6 +36,7 @@ app.command("rollback")(store.rollback)
 app.command("prune")(store.prune)
 app.command("pack")(pack.pack)
 app.command("merge")(merge.merge)
+app.command("unmerge")(unmerge.unmerge)
 app.command("blend")(blend.blend)
 app.add_typer(bench.app, name="bench")
 app.add_typer(keys.app, name="keys")
