@@ -14,7 +14,8 @@ from lorasb_runtime.types import TargetModule
 class Restoration:
     """Entries of a weight: all, and those of which no other number could have been merged.
 
-    The others lie within one step of the merged weight's dtype of what they were.
+    The others lie within one step of the merged weight's dtype of what they were, two where the
+    rounding was stochastic.
     """
 
     entries: int = 0

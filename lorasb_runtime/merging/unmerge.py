@@ -28,11 +28,13 @@ from lorasb_runtime.storage.shard_writer import DTYPES
 class UnmergeReport:
     """How much of each target's weight is certain, by module name in the basis' order.
 
-    matches: whether the result has the fingerprint that was recorded of the source; None where
+    steps: of the merged weights' dtype, within which entries lie that are not certain. matches:
+    whether the result has the fingerprint that was recorded of the source; None where
     none was. A fingerprint samples three blocks of every tensor.
     """
 
     modules: dict[str, Restoration]
+    steps: int
     matches: bool | None
 
     @property
@@ -69,7 +71,8 @@ def unmerge(
     check_shapes(replace(basis, targets=kept), view.checkpoint, "basis")
     dtypes = {n: DTYPES[d] for n, d in source_dtypes(merged).items() if d in DTYPES}
     plans = plan_shards(view, target_weights(view, basis, untied), dtypes)
-    fold = partial(restore_target, stochastic=changes.get("rounding") == "stochastic")
+    stochastic = changes.get("rounding") == "stochastic"
+    fold = partial(restore_target, stochastic=stochastic)
     merge = ShardMerge(ViewReader(view), basis, deltas, fold)
     wanted = (said.get("base_model") or {}).get("fingerprint")
     matches: bool | None = None
@@ -85,7 +88,8 @@ def unmerge(
 
     new = NewModel(merged, plans, output, force, report, renamed=folder_files.TO_BASE)
     write_model(new, merge, metadata, finish)
-    return UnmergeReport({t.module: merge.modules[t.module] for t in kept}, matches)
+    modules = {target.module: merge.modules[target.module] for target in kept}
+    return UnmergeReport(modules, 2 if stochastic else 1, matches)
 
 
 def check_basis_of(record: MergeRecord, basis: Basis) -> None:
@@ -93,7 +97,7 @@ def check_basis_of(record: MergeRecord, basis: Basis) -> None:
     found = record.provenance.get("basis")
     if found != basis.digest:
         raise BasisMismatchError(
-            f"found a model merged with basis {found}, expected {basis.digest}"
+            f"basis: found {basis.digest}, expected {found}, which the model was merged with"
         )
 
 

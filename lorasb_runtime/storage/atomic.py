@@ -6,7 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -46,20 +46,15 @@ def new_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
 
     Raises ConflictError when `path` exists with something in it and `force` is false. With
     `force` the old folder is moved aside before the new one takes its name, and then deleted.
-    What killed processes left behind for `path` is deleted, too.
+    What killed processes left behind for `path` is cleared away first.
     """
+    _clear(path)
     if path.exists() and not force and (not path.is_dir() or any(path.iterdir())):
         raise ConflictError(f"{path}: already exists; choose another output or pass --force")
     path.parent.mkdir(parents=True, exist_ok=True)
-    for left in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        with _locked(left, wait=False) as ours:
-            if ours:
-                shutil.rmtree(left, ignore_errors=True)
-    new = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".new"))
-    aside = new.with_suffix(".tmp")
-    with _locked(new, wait=True):
+    with ExitStack() as locks:
+        aside = _new_scratch(path, locks)
         try:
-            os.rename(new, aside)  # once it is locked, so that nobody takes it for left behind
             yield aside
             os.chmod(aside, 0o777 & ~_umask())
             for file in aside.rglob("*"):
@@ -69,6 +64,36 @@ def new_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
             _swap(aside, path)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
+
+
+def _new_scratch(path: Path, locks: ExitStack) -> Path:
+    """A locked folder beside `path`; another one if someone took it for left behind before that."""
+    while True:
+        aside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+        locks.enter_context(_locked(aside, wait=True))
+        if aside.exists():
+            return aside
+
+
+def _clear(path: Path) -> None:
+    """Scratch folders that nobody writes any more go; an old folder comes back if it has to."""
+    hidden = f".{glob.escape(path.name)}.*"
+    for old in path.parent.glob(f"{hidden}.old"):
+        aside = old.with_suffix(".tmp")
+        with _locked(aside, wait=False) as ours:
+            if ours or not aside.exists():
+                _remove(old) if path.exists() else os.replace(old, path)
+    for aside in path.parent.glob(f"{hidden}.tmp"):
+        with _locked(aside, wait=False) as ours:
+            if ours:
+                _remove(aside)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -99,10 +124,7 @@ def _swap(aside: Path, path: Path) -> None:
         os.replace(path, old)
     os.replace(aside, path)
     sync_folder(path.parent)
-    if old.is_dir() and not old.is_symlink():
-        shutil.rmtree(old)
-    else:
-        old.unlink(missing_ok=True)
+    _remove(old)
 
 
 def sync_file(path: Path) -> None:

@@ -27,6 +27,11 @@ def tell(
 
     if not config.rounding.stochastic:
         _warn(result)
+    if verified is not None and verified.effect <= verified.allowed:
+        note(
+            f"warning: --verify cannot tell: the adapters move the logits by {verified.effect:.2e} "
+            f"on these prompts, which rounding hides; ask others, or write --dtype float32"
+        )
     modules = {name: figures(survival) for name, survival in result.modules.items()}
     value: dict[str, Any] = {"output": str(output), **figures(result.total), "modules": modules}
     if verified is not None:

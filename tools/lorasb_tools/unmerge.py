@@ -96,8 +96,8 @@ def _tell(output: Path, result: "UnmergeReport", as_json: bool) -> None:
     }[result.matches]
     lines = [
         f"{output}: {len(result.modules)} modules restored by subtraction",
-        f"  {result.total.share:.4%} of their entries can only have been what they are now; the "
-        "others lie within one step of the merged weights' dtype",
+        f"  {result.total.share:.4%} of their entries can only have been what they are now; all "
+        f"others lie within {result.steps} of the merged dtype's steps of what they were",
         *(f"  {result.modules[name].share:>9.4%} in {name}" for name in worst),
         f"  the model's fingerprint {fingerprint}",
     ]
