@@ -11,6 +11,7 @@ LorasbError
 └── ServiceError               ours or the surroundings': exit 1, HTTP 500
     ├── StoreError             the adapter store did not answer (HTTP 503)
     ├── OverloadedError        the queue is full, try again later (HTTP 429)
+    ├── VerificationError      a merged model is not what it must be
     └── EngineError            the engine failed or stopped
 """
 
@@ -71,3 +72,7 @@ class OverloadedError(ServiceError):
 
 class EngineError(ServiceError):
     """The engine failed or is stopped."""
+
+
+class VerificationError(ServiceError):
+    """A merged model was read back and is not the base model plus adapters."""

@@ -1,5 +1,6 @@
 """Random bases and strong random adapters for tests, and the float64 reference on the side."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -10,6 +11,7 @@ from lorasb_runtime.models.targets import find_targets, weight_of
 from lorasb_runtime.storage.adapter_file import Adapter, parse_adapter, serialize_adapter
 from lorasb_runtime.storage.basis_file import Basis
 from lorasb_runtime.storage.checkpoint import open_checkpoint
+from lorasb_runtime.types import BaseModelId, TargetModule
 
 
 def random_basis(
@@ -17,6 +19,18 @@ def random_basis(
 ) -> Basis:
     """Orthonormal random B and A for every target of the model in `folder`."""
     targets = find_targets(load_causal_lm(folder), rank, pattern)
+    identity = identify(str(folder), open_checkpoint(folder))
+    return basis_for(targets, identity, scaling=scaling, seed=seed)
+
+
+def basis_for(
+    targets: Sequence[TargetModule],
+    base_model: BaseModelId | None = None,
+    *,
+    scaling: float = 1.0,
+    seed: int = 0,
+) -> Basis:
+    """Orthonormal random B and A for these targets."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for t in targets:
@@ -24,8 +38,7 @@ def random_basis(
         b = torch.randn(t.out_features, t.rank, generator=generator)
         tensors[f"{t.module}.A"] = torch.linalg.qr(a).Q.t().contiguous()
         tensors[f"{t.module}.B"] = torch.linalg.qr(b).Q.contiguous()
-    identity = identify(str(folder), open_checkpoint(folder))
-    return Basis(targets, tensors, "lora-sb", scaling, identity)
+    return Basis(tuple(targets), tensors, "lora-sb", scaling, base_model)
 
 
 def random_adapter(basis: Basis, seed: int, strength: float = 1.0, name: str = "") -> Adapter:

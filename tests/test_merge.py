@@ -4,21 +4,22 @@ import dataclasses
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import safetensors.torch
 import torch
 from bases import random_adapter, random_basis, reference_logits
+from huggingface_hub import ModelCard
+from merging import exact_delta, merge, tensors_of
 from pico import make_pico_llama
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lorasb_runtime.errors import BasisMismatchError
-from lorasb_runtime.merging import METHODS, fold
-from lorasb_runtime.merging.checkpoint import MergeReport, merge_checkpoint
-from lorasb_runtime.merging.combine import combine_adapters
-from lorasb_runtime.merging.fold import fold_into_model, fold_weight, target_delta
+from lorasb_runtime.merging import fold
+from lorasb_runtime.merging.delta import core_deltas
+from lorasb_runtime.merging.fold import Rounding, fold_target
+from lorasb_runtime.merging.fold_model import fold_into_model
 from lorasb_runtime.merging.weighted import WeightedAdapter
 from lorasb_runtime.models.load import load_causal_lm
 from lorasb_runtime.models.targets import weight_of
@@ -29,28 +30,6 @@ from lorasb_runtime.storage.basis_file import Basis
 from lorasb_runtime.storage.checkpoint import INDEX, SINGLE, fingerprint, open_checkpoint
 
 TOKENS = [5, 90, 17, 200, 33, 41, 7, 64]
-
-
-def merge(
-    model: Path, basis: Basis, output: Path, *adapters: Adapter | WeightedAdapter, **options: Any
-) -> MergeReport:
-    items = [WeightedAdapter(a) if isinstance(a, Adapter) else a for a in adapters]
-    cores = combine_adapters(items, basis, METHODS["linear"])
-    return merge_checkpoint(
-        open_checkpoint(model),
-        basis,
-        scale_core(cores, basis.scaling),
-        output,
-        provenance={"basis": basis.digest, "method": "linear"},
-        **options,
-    )
-
-
-def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
-    found: dict[str, torch.Tensor] = {}
-    for shard in open_checkpoint(folder).shards:
-        found.update(safetensors.torch.load_file(folder / shard))
-    return found
 
 
 def logits(folder: Path) -> torch.Tensor:
@@ -125,7 +104,14 @@ def test_only_targets_change_and_all_else_is_copied(
     (model / "README.md").write_text("hello")
     (model / "additional_chat_templates").mkdir()
     (model / "additional_chat_templates" / "rag.jinja").write_text("{{ 1 }}")
-    unwanted = ("adapter_config.json", "adapter_model.safetensors", "optimizer.pt", "x.bin", ".git")
+    unwanted = (
+        "lorasb_undo.zip",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "optimizer.pt",
+        "x.bin",
+        ".git",
+    )
     for name in unwanted:
         (model / name).write_bytes(b"stale")
     merge(model, basis, tmp_path / "out", adapter)
@@ -134,10 +120,12 @@ def test_only_targets_change_and_all_else_is_copied(
     assert {n for n in before if not torch.equal(before[n], after[n])} == targets
     assert {n: t.dtype for n, t in before.items()} == {n: t.dtype for n, t in after.items()}
     kept = {p.relative_to(model) for p in model.rglob("*")} - {Path(n) for n in unwanted}
-    assert {p.relative_to(tmp_path / "out") for p in (tmp_path / "out").rglob("*")} == kept
-    for path in kept - {Path(SINGLE)}:
+    new = {Path("BASE_README.md"), Path("lorasb_merge.json")}
+    assert {p.relative_to(tmp_path / "out") for p in (tmp_path / "out").rglob("*")} == kept | new
+    for path in kept - {Path(SINGLE), Path("README.md")}:
         if (model / path).is_file():
             assert (tmp_path / "out" / path).read_bytes() == (model / path).read_bytes()
+    assert (tmp_path / "out" / "BASE_README.md").read_text() == "hello"
     AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert tokenizer.decode(tokenizer.encode("a b")) == "a b"
@@ -173,12 +161,50 @@ def test_a_shard_keeps_its_metadata_and_says_where_it_came_from(
     safetensors.torch.save_file(tensors_of(pico), model / SINGLE, {"format": "pt", "who": "é"})
     merge(model, basis, tmp_path / "out", adapter)
     with safe_open(tmp_path / "out" / SINGLE, "pt") as file:
-        assert file.metadata() == {
-            "format": "pt",
-            "who": "é",
-            "lorasb.basis": basis.digest,
-            "lorasb.method": "linear",
-        }
+        found = file.metadata()
+    assert {key: found.pop(key) for key in ("format", "who")} == {"format": "pt", "who": "é"}
+    assert found.pop("lorasb.basis") == basis.digest
+    assert {key.partition(".")[0] for key in found} == {"lorasb"}
+
+
+def test_the_model_card_and_the_report_say_what_was_merged(
+    pico_bf16: Path, basis: Basis, tmp_path: Path
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(pico_bf16, model)
+    (model / "README.md").write_text("---\nlicense: mit\nlanguage:\n- en\n---\nA base.\n")
+    basis = random_basis(model, rank=4)
+    items = [WeightedAdapter(random_adapter(basis, i), w) for i, w in ((1, 0.5), (2, -2.0))]
+    report = merge(model, basis, tmp_path / "out", *items, dtype=torch.float16)
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    said = card.data.to_dict()
+    assert (said["base_model"], said["license"], said["language"]) == ("model", "mit", ["en"])
+    assert {"lorasb", "merge"} <= set(said["tags"])
+    assert ModelCard.load(tmp_path / "out" / "BASE_README.md").text.strip() == "A base."
+    written = json.loads((tmp_path / "out" / "lorasb_merge.json").read_text())
+    assert written["modules"].keys() == report.modules.keys()
+    assert written["total"]["kept"] == report.total.kept
+    assert written["changes"] == {"dtype": "float16"}
+    assert {a["version"]: a["weight"] for a in written["adapters"]} == {
+        item.adapter.version: item.weight for item in items
+    }
+    for text in (basis.digest, "linear", *(item.adapter.version for item in items)):
+        assert text in card.text
+    merge(tmp_path / "out", dataclasses.replace(basis, base_model=None), tmp_path / "twice", *items)
+    again = json.loads((tmp_path / "twice" / "lorasb_merge.json").read_text())
+    assert again["base_model"]["name"] == "out"
+    assert "changes" not in again
+
+
+@pytest.mark.parametrize("card", [b"", b"---\n: : [\n---\n", b"---\n- a\n---\n", b"\xff\xfe"])
+def test_a_base_card_that_nobody_can_read_is_no_obstacle(
+    pico: Path, basis: Basis, adapter: Adapter, tmp_path: Path, card: bytes
+) -> None:
+    shutil.copytree(pico, tmp_path / "model")
+    (tmp_path / "model" / "README.md").write_bytes(card)
+    merge(tmp_path / "model", basis, tmp_path / "out", adapter)
+    assert (tmp_path / "out" / "BASE_README.md").read_bytes() == card
+    assert ModelCard.load(tmp_path / "out" / "README.md").data.base_model == "model"
 
 
 def test_gpt2_weights_lie_the_other_way_round(pico_gpt2: Path, tmp_path: Path) -> None:
@@ -240,8 +266,73 @@ def test_the_share_that_survives_rounding_is_measured(
     assert report.total.kept == pytest.approx(overlap / square, rel=1e-4)
     assert report.total.ratio == pytest.approx((square / weight) ** 0.5, rel=1e-4)
     assert report.total.relative_error == pytest.approx((error / square) ** 0.5, rel=1e-4)
-    assert report.modules[report.least_kept].kept == min(m.kept for m in report.modules.values())
+    errors = [report.modules[name].relative_error for name in report.worst_first]
+    assert errors == sorted(errors, reverse=True)
+    assert report.narrow == report.modules.keys()
     assert (report.total.kept < 0.9) == (strength < 0.3)
+
+
+def test_stochastic_rounding_keeps_a_small_delta_and_depends_on_its_seed_alone(
+    pico_bf16: Path, tmp_path: Path
+) -> None:
+    basis = random_basis(pico_bf16, rank=4)
+    adapter = random_adapter(basis, 0, 1e-3)
+    kept = {}
+    for name, seed, workers in (("a", 1, 1), ("b", 1, 4), ("c", 2, 1)):
+        rounding = Rounding(stochastic=True, seed=seed)
+        report = merge(
+            pico_bf16, basis, tmp_path / name, adapter, rounding=rounding, workers=workers
+        )
+        kept[name] = report.total.kept
+    found = {name: tensors_of(tmp_path / name) for name in kept}
+    names = [f"{target.module}.weight" for target in basis.targets]
+    assert all(torch.equal(found["a"][name], found["b"][name]) for name in names)
+    assert not any(torch.equal(found["a"][name], found["c"][name]) for name in names)
+    assert all(share == pytest.approx(1, abs=0.15) for share in kept.values())
+    assert merge(pico_bf16, basis, tmp_path / "d", adapter).total.kept < 0.5
+    with safe_open(tmp_path / "a" / SINGLE, "pt") as file:
+        changes = json.loads(file.metadata()["lorasb.changes"])
+    assert changes == {"rounding": "stochastic", "seed": 1}
+    wide = Rounding(stochastic=True)
+    report = merge(pico_bf16, basis, tmp_path / "e", adapter, rounding=wide, dtype=torch.float32)
+    assert report.total.relative_error < 1e-3
+
+
+def test_float64_weights_are_merged_in_float64(pico: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(pico, model)
+    tensors = {name: tensor.double() for name, tensor in tensors_of(pico).items()}
+    name = "model.layers.0.self_attn.q_proj.weight"
+    tensors[name] += 1e-12
+    safetensors.torch.save_file(tensors, model / SINGLE, {"format": "pt"})
+    basis = random_basis(model, rank=4)
+    adapter = random_adapter(basis, 0)
+    report = merge(model, basis, tmp_path / "out", adapter)
+    expected = tensors[name] + exact_delta(basis, adapter, 0)
+    merged = tensors_of(tmp_path / "out")[name]
+    assert merged.dtype == torch.float64
+    assert torch.allclose(merged, expected, rtol=0, atol=1e-14)
+    assert report.total.relative_error < 1e-13
+
+
+def test_a_shard_whose_tensors_are_not_aligned_is_merged_too(
+    pico_bf16: Path, tmp_path: Path
+) -> None:
+    """Old files have headers of any length."""
+    model = tmp_path / "model"
+    shutil.copytree(pico_bf16, model)
+    data = (model / SINGLE).read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + length].rstrip(b" ")
+    while (8 + len(header)) % 2 == 0:
+        header += b" "
+    (model / SINGLE).write_bytes(len(header).to_bytes(8, "little") + header + data[8 + length :])
+    basis = random_basis(pico_bf16, rank=4)
+    adapter = random_adapter(basis, 0)
+    merge(model, basis, tmp_path / "out", adapter)
+    merge(pico_bf16, basis, tmp_path / "same", adapter)
+    found, expected = tensors_of(tmp_path / "out"), tensors_of(tmp_path / "same")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_a_delta_of_zero_changes_no_bit_and_is_kept_whole(pico_bf16: Path, tmp_path: Path) -> None:
@@ -255,14 +346,16 @@ def test_a_delta_of_zero_changes_no_bit_and_is_kept_whole(pico_bf16: Path, tmp_p
 def test_folding_in_blocks_of_rows_gives_the_whole(
     pico: Path, basis: Basis, adapter: Adapter, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    delta = target_delta(basis, 0, adapter.cores)
-    weight = weight_of(load_causal_lm(pico).get_submodule(delta.target.module))
+    delta, target = core_deltas(basis, adapter.cores)(0, torch.float32), basis.targets[0]
+    weight = weight_of(load_causal_lm(pico).get_submodule(target.module))
     whole, parts = torch.empty_like(weight), torch.empty_like(weight)
-    measured = fold_weight(weight, delta, whole)
+    measured = fold_target(weight, delta, weight.dtype, whole.__setitem__, target)
     monkeypatch.setattr(fold, "BLOCK_ELEMENTS", 5 * weight.shape[1])
-    by_parts = fold_weight(weight, delta, parts)
+    by_parts = fold_target(weight, delta, weight.dtype, parts.__setitem__, target)
     assert torch.allclose(whole, parts, rtol=0, atol=1e-6)
-    assert dataclasses.astuple(by_parts) == pytest.approx(dataclasses.astuple(measured), abs=1e-6)
+    assert dataclasses.astuple(by_parts) == pytest.approx(
+        dataclasses.astuple(measured), rel=1e-6, abs=1e-12
+    )
 
 
 def test_folding_in_memory_is_what_merging_writes(

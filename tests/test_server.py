@@ -17,6 +17,7 @@ from serving import LORASB, lorasb, serving
 
 from lorasb_runtime.merging import METHODS
 from lorasb_runtime.merging.checkpoint import merge_checkpoint
+from lorasb_runtime.merging.delta import core_deltas
 from lorasb_runtime.merging.weighted import WeightedAdapter
 from lorasb_runtime.models.load import load_causal_lm, load_tokenizer
 from lorasb_runtime.ops.core_matmul import scale_core
@@ -73,8 +74,8 @@ def merged_text(
     if adapter is not None:
         folder = to / adapter.version
         cores = METHODS["linear"]([WeightedAdapter(adapter, 1.0)])
-        scaled = scale_core(cores, basis.scaling)
-        merge_checkpoint(open_checkpoint(pico), basis, scaled, folder, provenance={}, force=True)
+        deltas = core_deltas(basis, scale_core(cores, basis.scaling))
+        merge_checkpoint(open_checkpoint(pico), basis, deltas, folder, provenance={}, force=True)
     model = load_causal_lm(folder, torch.float32)
     ids = torch.tensor([prompt])
     mask = torch.ones_like(ids)

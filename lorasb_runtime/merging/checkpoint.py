@@ -1,151 +1,151 @@
-"""Merging into a Hugging Face checkpoint on disk, shard by shard and tensor by tensor."""
+"""Merging into a Hugging Face checkpoint on disk, shard by shard."""
 
-import mmap
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from lorasb_runtime.merging import folder_files
-from lorasb_runtime.merging.fold import Survival, fold_weight, target_delta
-from lorasb_runtime.merging.source import check_shards, target_tensors
-from lorasb_runtime.storage import atomic, shard_writer, tensor_file
+from lorasb_runtime.merging.delta import DeltaOf
+from lorasb_runtime.merging.fold import NEAREST, Rounding, fold_target
+from lorasb_runtime.merging.plan import ShardPlan, output_dtypes, plan_shards
+from lorasb_runtime.merging.record import MergeRecord, write_card, write_report
+from lorasb_runtime.merging.shard_merge import ShardMerge
+from lorasb_runtime.merging.source import check_shards, target_weights
+from lorasb_runtime.merging.survival import Survival
+from lorasb_runtime.merging.undo import most_undo_bytes, write_undo
+from lorasb_runtime.merging.view import ModelView, ViewReader, view_model
+from lorasb_runtime.merging.writing import NewModel, Report, write_model
 from lorasb_runtime.storage.basis_file import Basis
-from lorasb_runtime.storage.checkpoint import Checkpoint, TensorEntry
-from lorasb_runtime.storage.match import check_model
-from lorasb_runtime.storage.shard_writer import DTYPES, TensorSpec
+from lorasb_runtime.storage.checkpoint import Checkpoint, open_checkpoint
+from lorasb_runtime.storage.match import check_fingerprint, check_shapes
 
-Report = Callable[[str, int, int, str], None]  # phase, done, total, note
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """How the merged model is written.
+
+    dtype: of every floating-point tensor; None keeps each tensor's own. rounding: of the merged
+    weights; all others are rounded to the nearest. dequantize: unpack a quantized model. untie:
+    give a tied output embedding a tensor of its own. reversible: also write what restores every
+    byte of the source. workers: threads; None chooses.
+    """
+
+    dtype: torch.dtype | None = None
+    rounding: Rounding = NEAREST
+    dequantize: bool = False
+    untie: bool = False
+    reversible: bool = False
+    workers: int | None = None
+
+
+AS_IS = MergeConfig()
 
 
 @dataclass(frozen=True)
 class MergeReport:
-    """What became of each target's delta, by module name in the basis' order."""
+    """What became of each target's delta, by module name in the basis' order.
+
+    narrow: the modules that were written in 16 bits.
+    """
 
     modules: dict[str, Survival]
+    narrow: frozenset[str] = field(default_factory=frozenset)
 
     @property
     def total(self) -> Survival:
         return sum(self.modules.values(), Survival())
 
     @property
-    def least_kept(self) -> str:
-        """The module that lost the largest share of its delta."""
-        return min(self.modules, key=lambda name: self.modules[name].kept)
+    def worst_first(self) -> list[str]:
+        """The modules' names, those with the largest relative error first."""
+        return sorted(self.modules, key=lambda name: -self.modules[name].relative_error)
 
 
 def merge_checkpoint(
     source: Checkpoint,
     basis: Basis,
-    scaled_cores: torch.Tensor,
+    deltas: DeltaOf,
     output: Path,
     *,
-    dtype: torch.dtype | None = None,
-    provenance: dict[str, str],
+    provenance: Mapping[str, str],
+    config: MergeConfig = AS_IS,
     force: bool = False,
     report: Report = lambda *_: None,
+    check: Callable[[Path], None] | None = None,
 ) -> MergeReport:
-    """Write `source` with the adapter folded in to the folder `output`, whole or not at all.
+    """Write `source` with the targets' deltas added to the folder `output`, whole or not at all.
 
-    scaled_cores: [D], from `scale_core`. dtype None keeps each tensor's own; otherwise every
-    floating-point tensor is written in it. `provenance` goes into each shard's metadata under
-    `lorasb.` keys. Sharding, index, config, tokenizer and other small files are kept.
+    provenance: from `describe_merge`; it goes into each shard's metadata under `lorasb.` keys, into
+    the model card and the report file. Sharding, index, config, tokenizer and other small files
+    are kept. `check` is given the finished folder before it takes its name, and may raise.
 
     Raises BasisMismatchError for a basis of another model, FileFormatError for a damaged source,
     InputError for weights that no delta can be added to, ConflictError for an output that is in
     the way, TooLargeError for a disk too full.
     """
-    check_model(basis, source, "basis")
+    check_fingerprint(basis, source, "basis")
     check_shards(source)
-    targets = target_tensors(source, basis)
-    merge = _ShardMerge(source, basis, scaled_cores, targets, dtype, report)
-    folder_files.check_output(source.folder, output, merge.nbytes, force=force)
-    with atomic.new_folder(output, force=force) as folder:
-        folder_files.copy_small_files(source.folder, folder)
-        for shard in source.shards:
-            merge.write(shard, folder, {f"lorasb.{key}": v for key, v in provenance.items()})
-        folder_files.write_index(source, folder)
-        if dtype is not None:
-            folder_files.write_config(source, folder, dtype)
-    return MergeReport({t.module: merge.modules[t.module] for t in basis.targets})
+    view = prepare(source, basis, config)
+    plans = plan_shards(view, target_weights(view, basis), output_dtypes(view, config.dtype))
+    fold = partial(fold_target, rounding=config.rounding)
+    merge = ShardMerge(ViewReader(view), basis, deltas, fold, config.workers)
+    new_config = folder_files.new_config(view.checkpoint.config, config.dtype)
+    record = MergeRecord.of(source, provenance, _changes(view, config), new_config)
+    made = MergeReport({})
+
+    def finish(folder: Path) -> None:
+        nonlocal made
+        made = _report_of(merge.modules, basis, plans)
+        write_report(folder, record, made.modules)
+        write_card(folder, record, made.total)
+        folder_files.write_config(source, new_config, folder)
+        if config.reversible:
+            write_undo(source, open_checkpoint(folder), folder / folder_files.UNDO)
+        if check is not None:
+            check(folder)
+
+    def metadata(plan: ShardPlan) -> dict[str, str]:
+        return record.metadata(source, plan)
+
+    more = most_undo_bytes(source, plans) if config.reversible else 0
+    write_model(NewModel(source, plans, output, force, report, more), merge, metadata, finish)
+    return made
 
 
-class _ShardMerge:
-    """Merges one shard after the other, reading through memory maps."""
+def prepare(source: Checkpoint, basis: Basis, config: MergeConfig) -> ModelView:
+    """The model as the output will have it, its targets' shapes checked."""
+    view = view_model(
+        source, basis, config.dtype, dequantize=config.dequantize, untied=config.untie
+    )
+    check_shapes(basis, view.checkpoint, "basis")
+    return view
 
-    def __init__(
-        self,
-        source: Checkpoint,
-        basis: Basis,
-        scaled_cores: torch.Tensor,
-        targets: dict[str, int],
-        dtype: torch.dtype | None,
-        report: Report,
-    ) -> None:
-        self.modules: dict[str, Survival] = {}
-        self._source = source
-        self._basis = basis
-        self._cores = scaled_cores
-        self._targets = targets
-        self._dtype = dtype
-        self._report = report
-        self._done = 0
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all the tensors as they will be written."""
-        return sum(self._spec(entry).nbytes for entry in self._source.tensors.values())
+def _report_of(
+    modules: Mapping[str, Survival], basis: Basis, plans: list[ShardPlan]
+) -> MergeReport:
+    names = [target.module for target in basis.targets]
+    narrow = {
+        names[piece.target]
+        for plan in plans
+        for piece in plan.pieces
+        if piece.target is not None and piece.dtype in ("BF16", "F16")
+    }
+    return MergeReport({name: modules[name] for name in names}, frozenset(narrow))
 
-    def write(self, shard: str, folder: Path, provenance: dict[str, str]) -> None:
-        """Write the merged `shard` into `folder`, its tensors in the source's order."""
-        path = self._source.folder / shard
-        header, _ = tensor_file.read_header(path)
-        metadata = {**header.get("__metadata__", {"format": "pt"}), **provenance}
-        found = ((n, e) for n, e in self._source.tensors.items() if e.file == shard)
-        entries = dict(sorted(found, key=lambda item: item[1].offset))
-        if self._dtype is not None:  # wide elements first, so that each stays aligned to its size
-            entries = dict(sorted(entries.items(), key=lambda item: -self._element_bytes(item[1])))
-        layout = {name: self._spec(entry) for name, entry in entries.items()}
-        contents = self._contents(path, entries)
-        shard_writer.write_shard(folder / shard, layout, metadata, contents)
 
-    def _spec(self, entry: TensorEntry) -> TensorSpec:
-        spec = TensorSpec(entry.dtype, entry.shape, entry.nbytes)
-        return spec.cast(self._dtype) if self._dtype and entry.dtype in DTYPES else spec
-
-    def _element_bytes(self, entry: TensorEntry) -> int:
-        """Of the output; 8 for an empty tensor, which is aligned wherever it lies."""
-        spec = self._spec(entry)
-        count = torch.Size(spec.shape).numel()
-        return spec.nbytes // count if count else 8
-
-    def _contents(self, path: Path, entries: dict[str, TensorEntry]) -> Iterator[memoryview]:
-        """Each tensor's bytes as they will be written; those that do not change come as a view."""
-        with safe_open(path, "pt") as tensors, path.open("rb") as file:
-            raw = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
-            for name, entry in entries.items():
-                self._report("merge", self._done, len(self._source.tensors), name)
-                dtype = self._spec(entry).dtype
-                if name in self._targets:
-                    folded = self._fold(self._targets[name], tensors.get_tensor(name), dtype)
-                    yield shard_writer.tensor_bytes(folded)
-                elif dtype != entry.dtype:
-                    yield shard_writer.tensor_bytes(tensors.get_tensor(name).to(DTYPES[dtype]))
-                else:
-                    yield raw[entry.offset : entry.offset + entry.nbytes]
-                self._done += 1
-                self._report("merge", self._done, len(self._source.tensors), "")
-
-    def _fold(self, index: int, weight: torch.Tensor, dtype: str) -> torch.Tensor:
-        """The merged weight, [out, in] or as the checkpoint stores it."""
-        target = self._basis.targets[index]
-        out = torch.empty(weight.shape, dtype=DTYPES[dtype])
-        delta = target_delta(self._basis, index, self._cores)
-        if target.transposed:
-            survival = fold_weight(weight.t(), delta, out.t())
-        else:
-            survival = fold_weight(weight, delta, out)
-        self.modules[target.module] = survival
-        return out
+def _changes(view: ModelView, config: MergeConfig) -> dict[str, object]:
+    """What was done to the model besides adding the delta."""
+    changes: dict[str, object] = {}
+    if config.dtype is not None:
+        changes["dtype"] = str(config.dtype).removeprefix("torch.")
+    if config.rounding.stochastic:
+        changes |= {"rounding": "stochastic", "seed": config.rounding.seed}
+    if view.untied is not None:
+        changes["untied"] = view.untied
+    if view.packed:
+        changes["dequantized"] = True
+    return changes

@@ -1,174 +1,138 @@
-"""Folding: W0 + B R A into one weight, and the measure of what rounding left of the delta."""
+"""Folding: W0 + delta into one weight, block by block, and the measure of what rounding left."""
 
+import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Protocol
 
+import numpy as np
 import torch
-from torch import nn
 
-from lorasb_runtime.errors import BasisMismatchError, InputError
-from lorasb_runtime.models.targets import is_linear, weight_of
-from lorasb_runtime.ops.core_matmul import dense_delta
-from lorasb_runtime.storage.basis_file import Basis
+from lorasb_runtime.errors import InputError
+from lorasb_runtime.merging.delta import Delta
+from lorasb_runtime.merging.survival import Survival, measure
+from lorasb_runtime.ops.rounding import round_stochastically
 from lorasb_runtime.types import TargetModule
 
-# A weight is folded by rows, about so many entries at a time: few enough for the processor's cache.
-BLOCK_ELEMENTS = 1 << 16
+# A weight is folded by rows, about so many entries at a time: few enough for the processor's cache,
+# many enough that starting an operation costs little. Stochastic rounding draws by block, too.
+BLOCK_ELEMENTS = 1 << 17
+
+# Takes some rows of the result and where they belong.
+Put = Callable[[slice, torch.Tensor], None]
+
+
+class Rows(Protocol):
+    """A weight as it is stored, of two dimensions; a tensor is one."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def __getitem__(self, rows: slice, /) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
-class Survival:
-    """What became of a delta in the stored weights; sums over entries, in float64.
+class Rounding:
+    """How sums become numbers of a 16-bit dtype: to the nearest, or by chance from a seed.
 
-    stored = W_out - W0, the change that really lies in the output.
+    A target's draws depend on the seed and the target's name alone.
     """
 
-    weight: float = 0.0  # |W0|^2
-    delta: float = 0.0  # |delta|^2
-    overlap: float = 0.0  # <stored, delta>
-    error: float = 0.0  # |stored - delta|^2
+    stochastic: bool = False
+    seed: int = 0
 
-    def __add__(self, other: "Survival") -> "Survival":
-        return Survival(
-            self.weight + other.weight,
-            self.delta + other.delta,
-            self.overlap + other.overlap,
-            self.error + other.error,
-        )
+    def round(self, name: str) -> Callable[[torch.Tensor, torch.dtype], torch.Tensor]:
+        """What rounds the blocks of the target `name`, in their order."""
+        if not self.stochastic:
+            return _nearest
+        digest = hashlib.sha256(f"{self.seed}|{name}".encode()).digest()
+        generator = np.random.Generator(np.random.SFC64(int.from_bytes(digest)))
 
-    @property
-    def ratio(self) -> float:
-        """rms(delta) / rms(W0); 0 where there are no weights."""
-        return (self.delta / self.weight) ** 0.5 if self.weight else 0.0
+        def round(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+            if dtype.itemsize > 2:
+                return x.to(dtype)
+            return round_stochastically(x, dtype, generator)
 
-    @property
-    def kept(self) -> float:
-        """Share of the delta that survived the rounding; 1 for a delta of zero."""
-        return self.overlap / self.delta if self.delta else 1.0
-
-    @property
-    def relative_error(self) -> float:
-        """|stored - delta| / |delta|; 0 for a delta of zero."""
-        return (self.error / self.delta) ** 0.5 if self.delta else 0.0
+        return round
 
 
-@dataclass(frozen=True)
-class TargetDelta:
-    """One target's delta in factors, float32: b [out, r], scaled_core [r, r], a [r, in]."""
-
-    target: TargetModule
-    b: torch.Tensor
-    scaled_core: torch.Tensor
-    a: torch.Tensor
+NEAREST = Rounding()
 
 
-def target_delta(
-    basis: Basis, index: int, scaled_cores: torch.Tensor, device: torch.device | None = None
-) -> TargetDelta:
-    """Target `index`'s delta; `scaled_cores` [D] in any float dtype, from `scale_core`."""
-    target = basis.targets[index]
-    core = basis.core(scaled_cores, index).to(device, torch.float32)
-    return TargetDelta(
-        target, basis.b(target.module).to(device), core, basis.a(target.module).to(device)
-    )
+def _nearest(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return x.to(dtype)
 
 
-def fold_weight(weight: torch.Tensor, delta: TargetDelta, out: torch.Tensor) -> Survival:
-    """Write round(W0 + delta) into `out`: added in float32, rounded once to `out`'s dtype.
+def adding_dtype(*dtypes: torch.dtype) -> torch.dtype:
+    """What a delta is added in: float64 where the weight is, before or after, else float32."""
+    return torch.float64 if torch.float64 in dtypes else torch.float32
 
-    weight, out: [out, in], views allowed, and `out` may be `weight` itself. A float64 weight is
-    added in float64. Raises InputError when a value leaves the range of `out`'s dtype.
+
+def row_blocks(shape: torch.Size) -> Iterator[slice]:
+    """The rows of a matrix in parts of about BLOCK_ELEMENTS entries."""
+    rows = max(1, BLOCK_ELEMENTS // max(1, shape[1]))
+    for start in range(0, shape[0], rows):
+        yield slice(start, min(start + rows, shape[0]))
+
+
+def fold_target(
+    weight: Rows,
+    delta: Delta,
+    dtype: torch.dtype,
+    put: Put,
+    target: TargetModule,
+    rounding: Rounding = NEAREST,
+) -> Survival:
+    """Hand W0 + delta, added in `adding_dtype` and rounded once to `dtype`, to `put` by rows.
+
+    weight: [out, in], or [in, out] where the target is transposed, and so is the result; delta: in
+    the dtype of the addition. Raises InputError, which names the target, when a value leaves the
+    range of `dtype`.
     """
     survival = Survival()
-    rows = max(1, BLOCK_ELEMENTS // weight.shape[1])
-    with _one_thread():
-        for start in range(0, weight.shape[0], rows):
-            survival += _fold_rows(weight, delta, out, slice(start, start + rows))
+    adding = adding_dtype(weight.dtype, dtype)
+    round_ = rounding.round(target.module)
+    buffers = torch.empty(3, 0, 0, dtype=adding)
+    for part in row_blocks(weight.shape):
+        rows = weight[part]
+        if buffers.shape[1:] != rows.shape:  # the last block has fewer rows
+            buffers = torch.empty(3, *rows.shape, dtype=adding, device=rows.device)
+        before, total, stored = buffers
+        before.copy_(rows)
+        wanted = rows_of(delta, part, target.transposed)
+        folded = round_(torch.add(before, wanted, out=total), dtype)
+        found = measure(before, wanted, stored.copy_(folded))
+        if not math.isfinite(found.error):
+            raise InputError(
+                f"{target.module}: found Inf or NaN in the merged weight, expected numbers that "
+                f"fit {str(dtype).removeprefix('torch.')}"
+            )
+        survival += found
+        put(part, folded)
     return survival
 
 
-def _fold_rows(
-    weight: torch.Tensor, delta: TargetDelta, out: torch.Tensor, part: slice
-) -> Survival:
-    before = weight[part].to(torch.promote_types(weight.dtype, torch.float32))
-    wanted = dense_delta(delta.b[part], delta.scaled_core, delta.a)
-    folded = (before + wanted).to(out.dtype)
-    survival = _survival(before, wanted, folded)
-    if not math.isfinite(survival.error):
-        raise InputError(
-            f"{delta.target.module}: found Inf or NaN in the merged weight, expected numbers "
-            f"that fit {str(out.dtype).removeprefix('torch.')}"
-        )
-    out[part] = folded
-    return survival
+def rows_of(delta: Delta, part: slice, transposed: bool) -> torch.Tensor:
+    """A delta's rows as the weight is stored, contiguous."""
+    if transposed:
+        return delta.block(slice(None), part).t().contiguous()
+    return delta.block(part, slice(None)).contiguous()
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """Keep torch to one thread: blocks are small, and waiting for a busy core costs far more."""
+def one_thread() -> Iterator[None]:
+    """Keep torch to one thread: blocks are small, and waiting for a busy core costs far more.
+
+    Threads that start meanwhile keep to it as well.
+    """
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
         yield
     finally:
         torch.set_num_threads(threads)
-
-
-def _survival(before: torch.Tensor, wanted: torch.Tensor, folded: torch.Tensor) -> Survival:
-    w0, delta = before.double().flatten(), wanted.double().flatten()
-    stored = folded.double().flatten() - w0
-    overlap = torch.dot(stored, delta).item()
-    error = stored.sub_(delta)
-    return Survival(
-        weight=torch.dot(w0, w0).item(),
-        delta=torch.dot(delta, delta).item(),
-        overlap=overlap,
-        error=torch.dot(error, error).item(),
-    )
-
-
-@torch.no_grad()
-def fold_into_model(model: nn.Module, basis: Basis, scaled_cores: torch.Tensor) -> Survival:
-    """Fold an adapter into a loaded model's target weights, in their own dtype and place.
-
-    scaled_cores: [D], from `scale_core`. Raises BasisMismatchError when a target is missing, no
-    linear layer or of another shape, and InputError when a weight is no plain float tensor or is
-    shared with another layer; every target is checked before the first is changed.
-    """
-    weights = _target_weights(model, basis)
-    total = Survival()
-    for index, weight in enumerate(weights):
-        delta = target_delta(basis, index, scaled_cores, weight.device)
-        total += fold_weight(weight, delta, weight)
-    return total
-
-
-def _target_weights(model: nn.Module, basis: Basis) -> list[torch.Tensor]:
-    """Each target's weight as [out, in], views of the model's own storage."""
-    modules = dict(model.named_modules())
-    uses: dict[int, int] = {}
-    for _, parameter in model.named_parameters(remove_duplicate=False):
-        uses[parameter.data_ptr()] = uses.get(parameter.data_ptr(), 0) + 1
-    weights = []
-    for target in basis.targets:
-        module = modules.get(target.module)
-        if module is None or not is_linear(module):
-            found = "no such module" if module is None else type(module).__name__
-            raise BasisMismatchError(f"{target.module}: found {found}, expected a linear layer")
-        weight = weight_of(module)
-        expected = [target.out_features, target.in_features]
-        if not weight.is_floating_point() or weight.element_size() < 2:
-            raise InputError(f"{target.module}: found {weight.dtype}, expected a plain float dtype")
-        if list(weight.shape) != expected:
-            raise BasisMismatchError(
-                f"{target.module}: found a weight of {list(weight.shape)}, expected {expected}"
-            )
-        if uses.get(weight.data_ptr(), 0) > 1:
-            raise InputError(
-                f"{target.module}: found a weight shared with another layer (tied embeddings), "
-                "expected one of its own"
-            )
-        weights.append(weight)
-    return weights

@@ -5,10 +5,10 @@ import json
 from safetensors import SafetensorError, safe_open
 
 from lorasb_runtime.errors import FileFormatError, InputError
+from lorasb_runtime.merging.view import ModelView
 from lorasb_runtime.storage.basis_file import Basis
-from lorasb_runtime.storage.checkpoint import INDEX, Checkpoint
+from lorasb_runtime.storage.checkpoint import INDEX, Checkpoint, WeightPlace
 from lorasb_runtime.storage.shard_writer import DTYPES
-from lorasb_runtime.types import TargetModule
 
 
 def check_shards(source: Checkpoint) -> None:
@@ -44,40 +44,27 @@ def check_shards(source: Checkpoint) -> None:
             )
 
 
-def target_tensors(source: Checkpoint, basis: Basis) -> dict[str, int]:
-    """From tensor name to target index; raises InputError for weights that cannot be merged."""
-    if source.config.get("quantization_config") is not None:
-        raise InputError(
-            f"{source.folder}: found a quantized checkpoint, expected plain weights; "
-            "dequantize it first"
-        )
-    targets: dict[str, int] = {}
-    for index, target in enumerate(basis.targets):
-        name = source.weight_name(target.module)
-        dtype = source.tensors[name].dtype
-        if dtype not in DTYPES:
-            raise InputError(f"{name}: found dtype {dtype}, expected one of {', '.join(DTYPES)}")
-        if name in targets:
-            raise InputError(
-                f"{name}: found it as the weight of {target.module} and of "
-                f"{basis.targets[targets[name]].module}, expected one target for each weight"
-            )
-        if _is_tied_head(source, target):
-            raise InputError(
-                f"{target.module}: found an output embedding tied to the input's, expected a "
-                "weight of its own; no reader of the checkpoint would see it merged"
-            )
-        targets[name] = index
-    return targets
+def target_weights(
+    view: ModelView, basis: Basis, without: str | None = None
+) -> dict[WeightPlace, int]:
+    """From each target's weight to its index; raises InputError for weights that take no delta.
 
-
-def _is_tied_head(source: Checkpoint, target: TargetModule) -> bool:
-    """Whether loaders ignore this tensor in favour of the input embedding.
-
-    An output embedding is known by its shape and by lying outside the numbered blocks.
+    without: a target that is left out.
     """
-    return (
-        source.config.get("tie_word_embeddings") is True
-        and target.out_features == source.config.get("vocab_size")
-        and not any(part.isdigit() for part in target.module.split("."))
-    )
+    targets: dict[WeightPlace, int] = {}
+    for index, target in enumerate(basis.targets):
+        if target.module == without:
+            continue
+        place = view.checkpoint.find_weight(target.module)
+        dtype = view.checkpoint.tensors[place.name].dtype
+        if dtype not in DTYPES:
+            raise InputError(
+                f"{place.name}: found dtype {dtype}, expected one of {', '.join(DTYPES)}"
+            )
+        if place in targets:
+            raise InputError(
+                f"{place.name}: found it as the weight of {target.module} and of "
+                f"{basis.targets[targets[place]].module}, expected one target for each weight"
+            )
+        targets[place] = index
+    return targets

@@ -1,5 +1,6 @@
 """Load Hugging Face causal language models and their tokenizers, from a local folder only."""
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +15,8 @@ from transformers import (
 from transformers.utils.logging import disable_progress_bar
 
 from lorasb_runtime.errors import InputError
-
-DTYPES = {
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float32": torch.float32,
-}
-
-
-def parse_dtype(name: str) -> torch.dtype:
-    """A dtype by its name. Raises InputError for one that is not supported."""
-    if name not in DTYPES:
-        raise InputError(f"dtype: found {name!r}, expected one of {', '.join(DTYPES)}")
-    return DTYPES[name]
+from lorasb_runtime.storage.dtypes import parse_dtype as parse_dtype
+from lorasb_runtime.storage.tensor_file import Tensors
 
 
 def parse_device(name: str) -> torch.device:
@@ -86,3 +76,23 @@ def load_tokenizer(folder: Path) -> Any:
     except (ValueError, OSError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{folder}: no usable tokenizer ({reason})") from None
+
+
+def load_state(like: type[PreTrainedModel], config: PretrainedConfig, state: Tensors) -> Any:
+    """A float32 model of tensors under a checkpoint's names, which it may keep as its own.
+
+    like, config: a model's that was loaded from a folder of the same architecture.
+    """
+    disable_progress_bar()
+    config = copy.deepcopy(config)
+    config.dtype = torch.float32
+    model = like.from_pretrained(
+        None,
+        config=config,
+        state_dict=state,
+        dtype=torch.float32,
+        attn_implementation=_own_attention(config),
+    )
+    model.eval()
+    model.requires_grad_(False)
+    return model

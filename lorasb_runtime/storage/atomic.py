@@ -1,10 +1,12 @@
 """Write a file or a folder aside, then rename it: readers see the old one, the new one or none."""
 
+import fcntl
+import glob
 import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -44,21 +46,76 @@ def new_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
 
     Raises ConflictError when `path` exists with something in it and `force` is false. With
     `force` the old folder is moved aside before the new one takes its name, and then deleted.
+    What killed processes left behind for `path` is cleared away first.
     """
+    _clear(path)
     if path.exists() and not force and (not path.is_dir() or any(path.iterdir())):
         raise ConflictError(f"{path}: already exists; choose another output or pass --force")
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = _aside(path)
-    aside.mkdir()
+    with ExitStack() as locks:
+        aside = _new_scratch(path, locks)
+        try:
+            yield aside
+            for file in aside.rglob("*"):
+                if file.is_file():
+                    sync_file(file)
+            sync_folder(aside)
+            _swap(aside, path)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+def _new_scratch(path: Path, locks: ExitStack) -> Path:
+    """A locked folder beside `path`; another one if someone took it for left behind before that."""
+    while True:
+        aside = _aside(path)
+        aside.mkdir()
+        locks.enter_context(_locked(aside, wait=True))
+        if aside.exists():
+            return aside
+
+
+def _clear(path: Path) -> None:
+    """Scratch folders that nobody writes any more go; an old folder comes back if it has to."""
+    hidden = f".{glob.escape(path.name)}.*"
+    for old in path.parent.glob(f"{hidden}.old"):
+        aside = old.with_suffix(".tmp")
+        with _locked(aside, wait=False) as ours:
+            if ours or not aside.exists():
+                _remove(old) if path.exists() else os.replace(old, path)
+    for aside in path.parent.glob(f"{hidden}.tmp"):
+        with _locked(aside, wait=False) as ours:
+            if ours:
+                _remove(aside)
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+@contextmanager
+def _locked(folder: Path, *, wait: bool) -> Iterator[bool]:
+    """Hold the folder's lock, which ends with its process; false where another one holds it.
+
+    False as well where the file system knows no locks, or the path is no folder (any more).
+    """
     try:
-        yield aside
-        for file in aside.rglob("*"):
-            if file.is_file():
-                sync_file(file)
-        sync_folder(aside)
-        _swap(aside, path)
+        fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        yield False
+        return
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        held = True
+    except OSError:
+        held = False
+    try:
+        yield held
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        os.close(fd)
 
 
 def _swap(aside: Path, path: Path) -> None:
@@ -67,10 +124,7 @@ def _swap(aside: Path, path: Path) -> None:
         os.replace(path, old)
     os.replace(aside, path)
     sync_folder(path.parent)
-    if old.is_dir() and not old.is_symlink():
-        shutil.rmtree(old)
-    else:
-        old.unlink(missing_ok=True)
+    _remove(old)
 
 
 def sync_file(path: Path) -> None:

@@ -80,9 +80,23 @@ def load_basis(path: str | Path) -> Basis:
     return parse_basis(tensor_file.read_file(Path(path)), str(path))
 
 
+def map_basis(path: str | Path) -> Basis:
+    """As `load_basis`, with tensors that are read from the file whenever they are used.
+
+    For work that takes one target after the other. The file must not be changed meanwhile (a new
+    one may take its place).
+    """
+    tensors, values = tensor_file.map_file(Path(path))
+    return _checked_basis(tensors, values, str(path))
+
+
 def parse_basis(data: bytes, source: str) -> Basis:
     """A basis from its file's bytes; every field, shape, dtype and the digest is checked."""
     tensors, values = tensor_file.parse(data, source)
+    return _checked_basis(tensors, values, source)
+
+
+def _checked_basis(tensors: tensor_file.Tensors, values: dict[str, str], source: str) -> Basis:
     meta = tensor_file.Metadata(source, values)
     meta.expect("format", FORMAT)
     meta.expect("format_version", FORMAT_VERSION)

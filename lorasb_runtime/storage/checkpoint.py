@@ -31,6 +31,20 @@ class TensorEntry:
     offset: int
     nbytes: int
 
+    def part(self, index: int) -> "TensorEntry":
+        """One of the matrices that a stacked tensor consists of."""
+        nbytes = self.nbytes // self.shape[0]
+        offset = self.offset + index * nbytes
+        return TensorEntry(self.file, self.dtype, self.shape[1:], offset, nbytes)
+
+
+@dataclass(frozen=True)
+class WeightPlace:
+    """The tensor that holds a module's weight, and which of its matrices where it is a stack."""
+
+    name: str
+    expert: int | None = None
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -42,17 +56,40 @@ class Checkpoint:
     tensors: dict[str, TensorEntry]
 
     def weight_name(self, module: str) -> str:
-        """The tensor that holds `module`'s weight.
+        """The name of the tensor in which `find_weight` finds the module's weight."""
+        return self.find_weight(module).name
+
+    def find_weight(self, module: str) -> WeightPlace:
+        """Where `module`'s weight lies.
 
         A checkpoint may leave out the model class' own prefix (`h.0...` for `transformer.h.0...`).
+        Where it stacks the experts of a layer in one tensor `...experts.gate_up_proj` [experts,
+        ...], the module is named with the expert's number: `...experts.3.gate_up_proj`.
         Raises NotFoundError where there is none, as for a tied output embedding.
         """
-        for name in (f"{module}.weight", f"{module.partition('.')[2]}.weight"):
+        for name in _spellings(module):
             if name in self.tensors:
-                return name
+                return WeightPlace(name)
+        parts = module.split(".")
+        for at in reversed([i for i, part in enumerate(parts) if part.isdecimal()]):
+            stack = ".".join(parts[:at] + parts[at + 1 :])
+            for name in (stack, *_spellings(stack)):
+                shape = self.tensors[name].shape if name in self.tensors else ()
+                if len(shape) == 3 and int(parts[at]) < shape[0]:
+                    return WeightPlace(name, int(parts[at]))
         raise NotFoundError(
             f"{self.folder}: found no tensor for module {module}, expected {module}.weight"
         )
+
+    def weight_entry(self, module: str) -> TensorEntry:
+        """The module's weight itself, of two dimensions in a stack too."""
+        place = self.find_weight(module)
+        entry = self.tensors[place.name]
+        return entry if place.expert is None else entry.part(place.expert)
+
+
+def _spellings(module: str) -> tuple[str, ...]:
+    return (f"{module}.weight", f"{module.partition('.')[2]}.weight")
 
 
 def open_checkpoint(folder: str | Path) -> Checkpoint:
@@ -63,16 +100,17 @@ def open_checkpoint(folder: str | Path) -> Checkpoint:
     tensors: dict[str, TensorEntry] = {}
     for shard in shards:
         header, start = tensor_file.read_header(folder / shard)
+        size = (folder / shard).stat().st_size
         for name, entry in header.items():
             if name == "__metadata__":
                 continue
             try:
                 begin, end = entry["data_offsets"]
                 dtype, shape = str(entry["dtype"]), tuple(int(size) for size in entry["shape"])
-                whole = 0 <= begin <= end and start + end <= (folder / shard).stat().st_size
-            except (TypeError, KeyError, ValueError):
+                whole = 0 <= begin <= end and start + end <= size
+            except (KeyError, TypeError, ValueError):
                 raise FileFormatError(
-                    str(folder / shard), f"a header without {name}'s place", "a safetensors file"
+                    str(folder / shard), f"{name} with {entry!r:.80}", "dtype, shape and offsets"
                 ) from None
             if not whole:
                 raise FileFormatError(

@@ -1,6 +1,7 @@
-"""Writes one safetensors shard tensor by tensor, so that memory holds one tensor at a time."""
+"""Writes a safetensors shard in parts, so that memory never holds a whole tensor of it."""
 
 import json
+import os
 import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ NAMES = {
     torch.bfloat16: "BF16",
 }
 DTYPES = {name: dtype for dtype, name in NAMES.items()}
+CHUNK_BYTES = 1 << 20  # of one write: others that write to the file come in between
 
 
 @dataclass(frozen=True)
@@ -38,17 +40,6 @@ class TensorSpec:
         return TensorSpec.of(self.shape, dtype)
 
 
-def write_shard(
-    path: Path,
-    layout: Mapping[str, TensorSpec],
-    metadata: Mapping[str, str],
-    contents: Iterable[memoryview],
-) -> None:
-    """Write a safetensors file as `write_tensors` does."""
-    with path.open("wb") as file:
-        write_tensors(file, layout, metadata, contents)
-
-
 def write_tensors(
     file: BinaryIO,
     layout: Mapping[str, TensorSpec],
@@ -67,6 +58,48 @@ def write_tensors(
         if data.nbytes != spec.nbytes:
             raise ValueError(f"{name}: {data.nbytes} bytes, announced {spec.nbytes}")
         file.write(data)
+
+
+class NewShard:
+    """A safetensors file being written: each tensor's bytes go to their place in any order.
+
+    Several threads may write at once. Whoever writes sees to it that every byte is written: a file
+    has its full size from the start, and what is missing would be zeros.
+    """
+
+    def __init__(
+        self, path: Path, layout: Mapping[str, TensorSpec], metadata: Mapping[str, str]
+    ) -> None:
+        """Makes the file with the tensors of `layout`, in its order."""
+        header = _header(layout, metadata)
+        self._starts: dict[str, int] = {}
+        end = 8 + len(header)
+        for name, spec in layout.items():
+            self._starts[name] = end
+            end += spec.nbytes
+        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        self._write(struct.pack("<Q", len(header)) + header, 0)
+        os.truncate(self._file, end)
+
+    def write(self, name: str, start: int, data: memoryview) -> None:
+        """Put `data` at byte `start` of the tensor `name`."""
+        self._write(data.cast("B"), self._starts[name] + start)
+
+    def _write(self, data: bytes | memoryview, offset: int) -> None:
+        for begin in range(0, len(data), CHUNK_BYTES):
+            part = data[begin : begin + CHUNK_BYTES]
+            while len(part):
+                written = os.pwrite(self._file, part, offset)
+                part, offset = part[written:], offset + written
+
+    def sync(self) -> None:
+        os.fsync(self._file)
+
+    def __enter__(self) -> "NewShard":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._file)
 
 
 def _header(layout: Mapping[str, TensorSpec], metadata: Mapping[str, str]) -> bytes:

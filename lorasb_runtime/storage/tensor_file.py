@@ -11,7 +11,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 
 from lorasb_runtime.errors import FileFormatError, NotFoundError
 
@@ -43,6 +43,24 @@ def parse(data: bytes, source: str) -> tuple[Tensors, dict[str, str]]:
             source, f"{len(data)} bytes that do not parse ({detail})", "a whole safetensors file"
         ) from None
     return tensors, header(data).get("__metadata__", {})
+
+
+def map_file(path: Path) -> tuple[Tensors, dict[str, str]]:
+    """As `parse`, with tensors that lie in the file's memory map.
+
+    Raises NotFoundError and FileFormatError.
+    """
+    if path.is_dir() or not path.exists():
+        read_file(path)
+    try:
+        with safe_open(path, "pt") as file:
+            names = list(file.keys())
+            return {name: file.get_tensor(name) for name in names}, file.metadata() or {}
+    except SafetensorError as error:
+        size, detail = path.stat().st_size, " ".join(str(error).split())
+        raise FileFormatError(
+            str(path), f"{size} bytes that do not parse ({detail})", "a whole safetensors file"
+        ) from None
 
 
 def serialize(tensors: Tensors, metadata: dict[str, str]) -> bytes:

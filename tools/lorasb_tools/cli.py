@@ -20,6 +20,7 @@ from lorasb_tools import (
     serve,
     store,
     train,
+    unmerge,
 )
 
 app = typer.Typer(
@@ -37,6 +38,7 @@ app.command("rollback")(store.rollback)
 app.command("prune")(store.prune)
 app.command("pack")(pack.pack)
 app.command("merge")(merge.merge)
+app.command("unmerge")(unmerge.unmerge)
 app.command("blend")(blend.blend)
 app.command("import")(import_.import_)
 app.command("export")(export.export)

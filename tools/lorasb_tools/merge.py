@@ -1,83 +1,104 @@
 """`lorasb merge`: folds adapters into a Hugging Face checkpoint."""
 
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
-from lorasb_tools.report import JSON_FLAG, emit, note, phases
+from lorasb_tools import merge_flags
+from lorasb_tools.merge_report import tell
+from lorasb_tools.report import JSON_FLAG, phases
 
 if TYPE_CHECKING:
-    from lorasb_runtime.merging.checkpoint import MergeReport
-    from lorasb_runtime.merging.fold import Survival
-
-WARN_UNDER = 0.9
+    from lorasb_runtime.merging.checkpoint import MergeConfig
 
 
 def merge(
     model: str = typer.Argument(help="Hugging Face id or local folder."),
     adapters: list[str] = typer.Argument(help="ADAPTER or ADAPTER=WEIGHT, one or several."),
     basis: Path = typer.Option(..., help="The adapters' basis file."),
-    output: Path = typer.Option(..., "-o", "--output", help="The folder to write."),
+    output: Path = merge_flags.OUTPUT,
     method: str = typer.Option("linear", help="How several adapters become one."),
-    dtype: str | None = typer.Option(
-        None, help="bfloat16, float16 or float32; the checkpoint's own by default."
-    ),
-    force: bool = typer.Option(False, "--force", help="Replace an existing model folder."),
+    subtract: bool = merge_flags.SUBTRACT,
+    dtype: str | None = merge_flags.DTYPE,
+    rounding: str = merge_flags.ROUNDING,
+    seed: int | None = merge_flags.SEED,
+    untie: bool = merge_flags.UNTIE,
+    dequantize: bool = merge_flags.DEQUANTIZE,
+    reversible: bool = merge_flags.REVERSIBLE,
+    verify: bool = merge_flags.VERIFY,
+    prompt: list[str] = merge_flags.PROMPT,
+    prompts: Path | None = merge_flags.PROMPTS,
+    workers: int | None = merge_flags.WORKERS,
+    force: bool = merge_flags.FORCE,
     as_json: bool = JSON_FLAG,
 ) -> None:
     """Fold one or several weighted adapters into MODEL's weights, shard by shard."""
     from lorasb_runtime.merging import find_method
     from lorasb_runtime.merging.checkpoint import merge_checkpoint
     from lorasb_runtime.merging.combine import combine_adapters
+    from lorasb_runtime.merging.delta import core_deltas
     from lorasb_runtime.merging.provenance import describe_merge
     from lorasb_runtime.merging.weighted import load_weighted
-    from lorasb_runtime.models.load import parse_dtype
     from lorasb_runtime.models.locate import identify, open_model
     from lorasb_runtime.ops.core_matmul import scale_core
-    from lorasb_runtime.storage.basis_file import load_basis
+    from lorasb_runtime.storage.basis_file import map_basis
 
     combine = find_method(method)
-    wanted = parse_dtype(dtype) if dtype is not None else None
-    loaded = load_basis(basis)
+    config = _config(dtype, rounding, seed, untie, dequantize, reversible, workers)
+    asked = merge_flags.verify_prompts(verify, prompt, prompts)
+    loaded = map_basis(basis)
     weighted = [load_weighted(text, loaded) for text in adapters]
+    if subtract:
+        weighted = [replace(item, weight=-item.weight) for item in weighted]
     cores = combine_adapters(weighted, loaded, combine)
+    deltas = core_deltas(loaded, scale_core(cores, loaded.scaling))
     source = open_model(model)
     provenance = describe_merge(identify(model, source), loaded, weighted, method)
-    with phases() as report:
+    verifier = None
+    if asked:
+        from lorasb_runtime.merging.verify import Verifier
+
+        verifier = Verifier(source, loaded, deltas, config, asked)
+    with phases(in_bytes=True) as report:
         result = merge_checkpoint(
             source,
             loaded,
-            scale_core(cores, loaded.scaling),
+            deltas,
             output,
-            dtype=wanted,
             provenance=provenance,
+            config=config,
             force=force,
             report=report,
+            check=verifier,
         )
-    _tell(output, result, as_json)
+    tell(output, result, config, verifier.result if verifier else None, as_json)
 
 
-def _tell(output: Path, result: "MergeReport", as_json: bool) -> None:
-    total, worst = result.total, result.least_kept
-    if total.kept < WARN_UNDER:
-        note(
-            f"warning: rounding to the output dtype left only {total.kept:.1%} of the delta; "
-            "write --dtype float32, or serve the adapter unmerged"
-        )
-    text = (
-        f"{output}: {len(result.modules)} modules merged\n"
-        f"  rms(delta) / rms(W) {total.ratio:.2e}, {total.kept:.1%} of the delta survived the "
-        f"rounding, relative error {total.relative_error:.2e}\n"
-        f"  least of all in {worst}: {result.modules[worst].kept:.1%}"
+def _config(
+    dtype: str | None,
+    rounding: str,
+    seed: int | None,
+    untie: bool,
+    dequantize: bool,
+    reversible: bool,
+    workers: int | None,
+) -> "MergeConfig":
+    from lorasb_runtime.errors import InputError
+    from lorasb_runtime.merging.checkpoint import MergeConfig
+    from lorasb_runtime.merging.fold import Rounding
+    from lorasb_runtime.storage.dtypes import parse_dtype
+
+    if rounding not in ("nearest", "stochastic"):
+        raise InputError(f"rounding: found {rounding!r}, expected nearest or stochastic")
+    if seed is not None and rounding == "nearest":
+        raise InputError("--seed needs --rounding stochastic, which draws from it")
+    return MergeConfig(
+        dtype=parse_dtype(dtype) if dtype is not None else None,
+        rounding=Rounding(rounding == "stochastic", seed or 0),
+        untie=untie,
+        dequantize=dequantize,
+        reversible=reversible,
+        workers=workers,
     )
-    modules = {name: _figures(survival) for name, survival in result.modules.items()}
-    emit({"output": str(output), **_figures(total), "modules": modules}, text, as_json)
-
-
-def _figures(survival: "Survival") -> dict[str, Any]:
-    return {
-        "delta_ratio": survival.ratio,
-        "kept": survival.kept,
-        "relative_error": survival.relative_error,
-    }

@@ -9,11 +9,14 @@ import typer
 from rich.console import Console
 from rich.progress import (
     BarColumn,
+    DownloadColumn,
     MofNCompleteColumn,
     Progress,
+    ProgressColumn,
     TaskID,
     TextColumn,
     TimeElapsedColumn,
+    TransferSpeedColumn,
 )
 
 JSON_FLAG = typer.Option(False, "--json", help="Print the result as one JSON object.")
@@ -34,15 +37,19 @@ def note(text: str) -> None:
 
 
 @contextmanager
-def phases() -> Iterator[Report]:
+def phases(*, in_bytes: bool = False) -> Iterator[Report]:
     """Progress bars on stderr, one for each phase that is reported.
 
     The yielded function takes the phase's name, the units done, their total and a short note.
+    in_bytes: the units are bytes, and their speed is shown.
     """
+    counts: tuple[ProgressColumn, ...] = (MofNCompleteColumn(),)
+    if in_bytes:
+        counts = (DownloadColumn(), TransferSpeedColumn())
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
-        MofNCompleteColumn(),
+        *counts,
         TimeElapsedColumn(),
         TextColumn("{task.fields[note]}", markup=False),
     )

@@ -212,7 +212,7 @@ def _merged_engine(
     from lorasb_runtime.adapters.names import parse_name
     from lorasb_runtime.engines.torch.build import build_engine
     from lorasb_runtime.engines.torch.prepare import load_model
-    from lorasb_runtime.merging.fold import fold_into_model
+    from lorasb_runtime.merging.fold_model import fold_into_model
     from lorasb_runtime.models.load import load_tokenizer, parse_device, parse_dtype
     from lorasb_runtime.models.text import TextCodec
     from lorasb_runtime.ops.core_matmul import scale_core

@@ -1,0 +1,61 @@
+"""Merging in tests: adapters into a folder, the tensors of a folder, and what they should be."""
+
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+
+from lorasb_runtime.merging import METHODS
+from lorasb_runtime.merging.checkpoint import MergeConfig, MergeReport, merge_checkpoint
+from lorasb_runtime.merging.combine import combine_adapters
+from lorasb_runtime.merging.delta import DeltaOf, core_deltas
+from lorasb_runtime.merging.provenance import describe_merge
+from lorasb_runtime.merging.weighted import WeightedAdapter
+from lorasb_runtime.models.locate import identify
+from lorasb_runtime.ops.core_matmul import scale_core
+from lorasb_runtime.storage.adapter_file import Adapter
+from lorasb_runtime.storage.basis_file import Basis
+from lorasb_runtime.storage.checkpoint import open_checkpoint
+
+
+def deltas_of(basis: Basis, *adapters: Adapter | WeightedAdapter) -> DeltaOf:
+    items = [WeightedAdapter(a) if isinstance(a, Adapter) else a for a in adapters]
+    cores = combine_adapters(items, basis, METHODS["linear"])
+    return core_deltas(basis, scale_core(cores, basis.scaling))
+
+
+def merge(
+    model: Path,
+    basis: Basis,
+    output: Path,
+    *adapters: Adapter | WeightedAdapter,
+    force: bool = False,
+    **options: Any,
+) -> MergeReport:
+    """Merge with a MergeConfig of these options."""
+    items = [WeightedAdapter(a) if isinstance(a, Adapter) else a for a in adapters]
+    source = open_checkpoint(model)
+    return merge_checkpoint(
+        source,
+        basis,
+        deltas_of(basis, *items),
+        output,
+        provenance=describe_merge(identify(str(model), source), basis, items, "linear"),
+        config=MergeConfig(**options),
+        force=force,
+    )
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for shard in open_checkpoint(folder).shards:
+        found.update(safetensors.torch.load_file(folder / shard))
+    return found
+
+
+def exact_delta(basis: Basis, adapter: Adapter, index: int) -> torch.Tensor:
+    """scaling * B @ R @ A in float64, [out, in]."""
+    module = basis.targets[index].module
+    core = basis.core(adapter.cores, index).double()
+    return basis.scaling * (basis.b(module).double() @ core @ basis.a(module).double())
