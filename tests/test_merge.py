@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lorasb_runtime.errors import BasisMismatchError
 from lorasb_runtime.merging import METHODS, fold
 from lorasb_runtime.merging.checkpoint import MergeConfig, MergeReport, merge_checkpoint
-from lorasb_runtime.merging.combine import combine_adapters
 from lorasb_runtime.merging.delta import core_deltas
 from lorasb_runtime.merging.fold import fold_target
 from lorasb_runtime.merging.fold_model import fold_into_model
+from lorasb_runtime.merging.method_deltas import method_deltas
 from lorasb_runtime.merging.weighted import WeightedAdapter
 from lorasb_runtime.models.load import load_causal_lm
 from lorasb_runtime.models.targets import weight_of
@@ -37,12 +37,11 @@ def merge(
     model: Path, basis: Basis, output: Path, *adapters: Adapter | WeightedAdapter, **options: Any
 ) -> MergeReport:
     items = [WeightedAdapter(a) if isinstance(a, Adapter) else a for a in adapters]
-    cores = combine_adapters(items, basis, METHODS["linear"])
     force = options.pop("force", False)
     return merge_checkpoint(
         open_checkpoint(model),
         basis,
-        core_deltas(basis, scale_core(cores, basis.scaling)),
+        method_deltas(items, basis, METHODS["linear"]),
         output,
         provenance={"basis": basis.digest, "method": "linear"},
         config=MergeConfig(**options),

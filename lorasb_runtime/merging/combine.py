@@ -15,22 +15,10 @@ from lorasb_runtime.storage.adapter_file import Adapter, check_basis, serialize_
 from lorasb_runtime.storage.basis_file import Basis
 
 
-def combine_adapters(
-    adapters: Sequence[WeightedAdapter],
-    basis: Basis,
-    method: MergeMethod,
-    dtype: torch.dtype = torch.float32,
-) -> torch.Tensor:
-    """One vector of cores [D], not scaled: combined in float64, then rounded once to `dtype`.
-
-    Unless the method is an ordered one, the order in which the adapters are given does not change
-    a bit of it. Raises InputError for a method on deltas, for another number of adapters than the
-    method takes or when the result leaves the range of `dtype`, and BasisMismatchError or
-    FileFormatError for an adapter that is not of this basis.
-    """
+def check_bases(adapters: Sequence[WeightedAdapter], basis: Basis) -> None:
+    """Raises BasisMismatchError or FileFormatError for an adapter that is not of this basis."""
     for item in adapters:
         check_basis(item.adapter, basis, f"adapter {item.adapter.name!r}")
-    return round_cores(exact_cores(arrange(adapters, method), method, basis), dtype)
 
 
 def exact_cores(
@@ -83,7 +71,7 @@ def _combine_target(
     if method.space is Space.CORE:
         return method(cores)
     coordinates = orthonormal_coordinates(basis, index)
-    moved = [dataclasses.replace(p, tensor=coordinates.enter(p.tensor)) for p in cores]
+    moved = [p.with_tensor(coordinates.enter(p.tensor)) for p in cores]
     return coordinates.leave(method(moved))
 
 

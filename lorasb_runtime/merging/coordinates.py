@@ -24,7 +24,8 @@ class Coordinates:
     def leave(self, core: torch.Tensor) -> torch.Tensor:
         """The R of least norm that has this delta, also where B or A has no full rank."""
         left: torch.Tensor = torch.linalg.pinv(self.left)
-        return left @ core @ torch.linalg.pinv(self.right)
+        right: torch.Tensor = torch.linalg.pinv(self.right)
+        return left @ core @ right
 
 
 def orthonormal_coordinates(basis: Basis, index: int) -> Coordinates:

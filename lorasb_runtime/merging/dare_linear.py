@@ -3,7 +3,6 @@
 On cores it is `core-dare`.
 """
 
-import dataclasses
 from collections.abc import Iterable
 
 import torch
@@ -28,8 +27,5 @@ def merge(
     density: the chance of an entry to be kept, 1 - p in the paper. rescale: divide what is left
     by it. What is dropped depends on seed, module and the adapter's version alone.
     """
-    left = (
-        dataclasses.replace(p, tensor=drop(p.tensor, density, rescale, p.generator(seed)))
-        for p in parts
-    )
+    left = (p.with_tensor(drop(p.tensor, density, rescale, p.generator(seed))) for p in parts)
     return task_arithmetic.merge(left, lambda_=lambda_, normalize=normalize)

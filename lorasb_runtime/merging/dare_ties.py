@@ -1,6 +1,5 @@
 """`dare-ties`: DARE's drop and rescale (arXiv 2311.03099) in place of TIES' trim (2306.01708)."""
 
-import dataclasses
 from collections.abc import Iterable
 
 import torch
@@ -25,8 +24,5 @@ def merge(
 
     density, seed, rescale: see `dare-linear`. majority_sign, normalize: see `average_agreeing`.
     """
-    left = [
-        dataclasses.replace(p, tensor=drop(p.tensor, density, rescale, p.generator(seed)))
-        for p in parts
-    ]
+    left = [p.with_tensor(drop(p.tensor, density, rescale, p.generator(seed))) for p in parts]
     return average_agreeing(left, majority_sign, normalize).mul_(lambda_)

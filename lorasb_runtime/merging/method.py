@@ -44,6 +44,9 @@ class Part:
     def weighted(self) -> torch.Tensor:
         return self.weight * self.tensor
 
+    def with_tensor(self, tensor: torch.Tensor) -> "Part":
+        return dataclasses.replace(self, tensor=tensor)
+
     def generator(self, seed: int) -> torch.Generator:
         """Random numbers that depend on seed, module and version alone."""
         text = f"{DROP_DOMAIN}\0{seed}\0{self.module}\0{self.version}"

@@ -3,7 +3,6 @@
 On cores it is `core-ties`.
 """
 
-import dataclasses
 from collections.abc import Iterable
 
 import torch
@@ -27,5 +26,5 @@ def merge(
     density: the share of each tensor's entries that is kept, 0.2 as in the paper; the paper
     trims all of a model's entries together. majority_sign, normalize: see `average_agreeing`.
     """
-    trimmed = [dataclasses.replace(p, tensor=trim(p.tensor, density)) for p in parts]
+    trimmed = [p.with_tensor(trim(p.tensor, density)) for p in parts]
     return average_agreeing(trimmed, majority_sign, normalize).mul_(lambda_)
