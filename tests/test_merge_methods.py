@@ -164,6 +164,14 @@ def test_the_sign_is_elected(
         assert make(name, 1.0, **options)(parts).tolist() == [expected]
 
 
+def test_large_tensors_are_elected_on_in_pieces() -> None:
+    generator = torch.Generator().manual_seed(0)
+    large = [Part(torch.randn(300, 500, generator=generator), w) for w in (1.0, 0.5, -2.0)]
+    found = make("ties", 1.0)(large)
+    rows = [make("ties", 1.0)([p.with_tensor(p.tensor[i]) for p in large]) for i in range(300)]
+    assert torch.equal(found, torch.stack(rows))
+
+
 def test_weights_that_cannot_be_normalized_by_are_refused() -> None:
     parts = [part([1.0], 1.0), part([1.0], -1.0)]
     for name in SUMS:

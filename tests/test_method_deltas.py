@@ -190,7 +190,7 @@ def test_what_does_not_belong_is_refused() -> None:
             method_deltas([], BASIS, make(name))
     for name in ("ties", "dare-linear", "core-ties", "linear"):  # before the first target
         items = [WeightedAdapter(make_adapter(i), w) for i, w in enumerate((1.0, -1.0))]
-        with pytest.raises(InputError, match="found (a sum of 0|weight -1.0), expected"):
+        with pytest.raises(InputError, match=r"found (a sum of 0|weight -1.0), expected"):
             method_deltas(items, BASIS, make(name, normalize=True))
     for count in (1, 3):
         message = f"method slerp: found {count} adapters, expected exactly 2"
