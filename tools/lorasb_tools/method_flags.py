@@ -4,7 +4,10 @@ from typing import Any
 
 import typer
 
-METHOD = typer.Option("linear", help="How several adapters become one; docs/merge-methods.md.")
+METHOD = typer.Option(
+    "linear",
+    help="How several adapters become one: linear, ties, slerp, ...; docs/merge-methods.md.",
+)
 NORMALIZE = typer.Option(
     None,
     "--normalize",
