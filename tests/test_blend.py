@@ -93,7 +93,7 @@ def test_one_version_several_times_adds_its_weights(
 def test_nothing_is_normalised_unless_asked() -> None:
     items = [WeightedAdapter(make([1.0] * SIZE), 3.0), WeightedAdapter(make([2.0] * SIZE), -1.0)]
     assert blend_adapters(items, "x").cores.tolist() == [1.0] * SIZE
-    asked = find_method("linear", {"normalize": True})
+    asked = find_method("linear").with_options({"normalize": True})
     blended = blend_adapters(items, "x", method=asked)
     assert blended.cores.tolist() == [0.5] * SIZE
     assert (blended.info["method"], blended.info["options"]) == ("linear", {"normalize": True})

@@ -29,7 +29,9 @@ quick = settings(max_examples=40, deadline=None)  # of those that run once for e
 def make(name: str, density: float = 0.5, **options: Any) -> MergeMethod:
     """The method with these options; with `density` where it takes one."""
     takes_density = name in ELECTIONS or name in DARE
-    return find_method(name, {**({"density": density} if takes_density else {}), **options})
+    return find_method(name).with_options(
+        {**({"density": density} if takes_density else {}), **options}
+    )
 
 
 def part(values: Any, weight: float = 1.0, version: str = "v", module: str = "m") -> Part:
@@ -288,12 +290,12 @@ def test_wrong_options_are_refused_by_name(
     name: str, options: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(InputError) as raised:
-        find_method(name, options)
+        find_method(name).with_options(options)
     assert message in str(raised.value)
 
 
 def test_a_method_knows_all_its_options() -> None:
-    assert find_method("ties", {"density": 0.5}).options == {
+    assert find_method("ties").with_options({"density": 0.5}).options == {
         "density": 0.5,
         "majority_sign": "total",
         "lambda": 1.0,

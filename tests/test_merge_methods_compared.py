@@ -31,7 +31,7 @@ def parts(weights: list[float]) -> list[Part]:
 
 
 def ours(name: str, weights: list[float], **options: Any) -> torch.Tensor:
-    return find_method(name, options)(parts(weights))
+    return find_method(name).with_options(options)(parts(weights))
 
 
 def mergekit(name: str, weights: list[float], tensors: Any = None, **options: Any) -> torch.Tensor:
@@ -76,7 +76,9 @@ def test_trim_is_mergekits_and_pefts(density: float) -> None:
 def test_a_trimmed_sum_is_pefts_magnitude_prune(weights: list[float], density: float) -> None:
     """Trim and weights as ties takes them, with one adapter at a time: nothing to elect."""
     peft = merge_utils.magnitude_prune(deltas(), torch.tensor(weights), density)
-    alone = [find_method("ties", {"density": density})([part]) for part in parts(weights)]
+    alone = [
+        find_method("ties").with_options({"density": density})([part]) for part in parts(weights)
+    ]
     assert same(torch.stack(alone).sum(0), peft)
 
 
@@ -151,5 +153,5 @@ def test_slerp_is_mergekits(t: float) -> None:
     one, two, three = deltas()
     for first, second in ((one, two), (one, one / 2 + two / 99), (one, -one / 3), (two, three)):
         expected = merge_tensors([first, second], "slerp", parameters={"t": t}, base_index=0)
-        found = find_method("slerp", {"t": t})([Part(first), Part(second)])
+        found = find_method("slerp").with_options({"t": t})([Part(first), Part(second)])
         assert same(found, expected)

@@ -52,7 +52,7 @@ def test_every_method_merges_into_weights(
     header = safetensors.safe_open(work / "out" / SINGLE, "pt").metadata()
     assert header["lorasb.method"] == name
     options = json.loads(header["lorasb.options"])
-    method = find_method(name, options)
+    method = find_method(name).with_options(options)
     assert method.options == options
     adapters = json.loads(header["lorasb.adapters"])
     if METHODS[name].ordered:
@@ -87,7 +87,7 @@ def test_a_blend_merges_into_the_same_weights(
     assert (
         mix.info["options"]
         == json.loads(said)["options"]
-        == find_method(name, mix.info["options"]).options
+        == find_method(name).with_options(mix.info["options"]).options
     )
     assert command("merge", pico, *words, "-o", "one")[0] == 0
     assert command("merge", pico, "mix", "--basis", "basis", "-o", "two")[0] == 0
@@ -111,10 +111,27 @@ def test_options_reach_the_method(command: Run, pico: Path, work: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("name", ["ties", "dare-linear", "slerp"])
+def test_a_merge_can_be_verified_and_subtracted(
+    command: Run, pico: Path, work: Path, name: str
+) -> None:
+    words = ("merge", pico, "a", "b", "--method", name, *needed(name), "--basis", "basis")
+    status, said, errors = command(*words, "--verify", "--json", "-o", "plus")
+    assert status == 0, errors
+    assert json.loads(said)["verified"]["effect"] > 0.1
+    assert command(*words, "--subtract", "-o", "minus")[0] == 0
+    base, plus, minus = (
+        safetensors.torch.load_file(f / SINGLE) for f in (pico, work / "plus", work / "minus")
+    )
+    assert any(not torch.equal(base[key], plus[key]) for key in base)
+    for key, weight in base.items():
+        assert torch.allclose(plus[key] + minus[key], 2 * weight, atol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["a", "--seed", "1"], "method linear: found option seed, expected only normalize"),
+        (["a", "--t", "1"], "method linear: found option t, expected only normalize"),
         (["a", "b", "--method", "slerp", "--normalize"], "method slerp: found option normalize"),
         (["a", "--method", "slerp"], "method slerp: found 1 adapters, expected exactly 2"),
         (["a", "--method", "ties", "--no-rescale"], "method ties: found option rescale, expected"),
@@ -141,6 +158,18 @@ def test_wrong_options_are_refused_by_both(
         assert (status, said) == (2, "")
         assert message in errors.splitlines()[-1]
     assert sorted(work.iterdir()) == before
+
+
+def test_a_seed_that_nothing_draws_from_is_refused(command: Run, pico: Path, work: Path) -> None:
+    words = ["a", "--basis", "basis", "-o", "out", "--seed", "1"]
+    status, _, errors = command("merge", pico, *words)
+    assert status == 2 and "--seed needs --rounding stochastic or a method that draws" in errors
+    status, _, errors = command("blend", *words)
+    assert status == 2 and "method linear: found option seed, expected only normalize" in errors
+    stochastic = ["--rounding", "stochastic", "--dtype", "bfloat16"]
+    assert command("merge", pico, *words, *stochastic)[0] == 0
+    header = safetensors.safe_open(work / "out" / SINGLE, "pt").metadata()
+    assert json.loads(header["lorasb.options"]) == {"normalize": False}
 
 
 def test_blend_tells_the_way_out(command: Run, work: Path) -> None:

@@ -50,7 +50,9 @@ def make_items(count: int = 3, basis: Basis = BASIS) -> list[WeightedAdapter]:
 
 def make(name: str, **options: Any) -> MergeMethod:
     takes_density = "ties" in name or "dare" in name
-    return find_method(name, {**({"density": 0.5} if takes_density else {}), **options})
+    return find_method(name).with_options(
+        {**({"density": 0.5} if takes_density else {}), **options}
+    )
 
 
 def whole(

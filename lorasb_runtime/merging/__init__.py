@@ -3,9 +3,6 @@
 A merge method is a plain function in a file of its own; a new one is an entry in METHODS.
 """
 
-from collections.abc import Mapping
-from typing import Any
-
 from lorasb_runtime.errors import InputError
 from lorasb_runtime.merging import dare_linear, dare_ties, linear, slerp, task_arithmetic, ties
 from lorasb_runtime.merging.method import MergeMethod, Part, Space
@@ -23,14 +20,11 @@ _TABLE = (
 METHODS: dict[str, MergeMethod] = {method.name: method for method in _TABLE}
 
 
-def find_method(name: str, options: Mapping[str, Any] | None = None) -> MergeMethod:
-    """A merge method by its name, with these options and its defaults for the others.
-
-    Raises InputError for an unknown name, listing what there is, and for wrong options.
-    """
+def find_method(name: str) -> MergeMethod:
+    """A merge method by its name, without options. Raises InputError, listing what there is."""
     if name not in METHODS:
         raise InputError(f"method: found {name!r}, expected one of {', '.join(METHODS)}")
-    return METHODS[name].with_options(options or {})
+    return METHODS[name]
 
 
 __all__ = ["METHODS", "MergeMethod", "Part", "Space", "find_method"]

@@ -14,7 +14,7 @@ from lorasb_runtime.merging.weighted import WeightedAdapter
 from lorasb_runtime.storage.adapter_file import Adapter, check_basis
 from lorasb_runtime.storage.basis_file import Basis
 
-LINEAR = find_method("linear")
+LINEAR = find_method("linear").with_options({})
 DOMAIN = b"lorasb-blend-1\0"  # no file of ours begins so: a blend's digest is no file's
 
 

@@ -48,5 +48,5 @@ def _average(parts: Sequence[Part], positive: torch.Tensor, normalize: bool) -> 
         share = part.weighted
         agrees = torch.where(positive, share > 0, share < 0)
         total += torch.where(agrees, share, 0)
-        divisor.add_(agrees, alpha=part.weight if normalize else 1)
+        divisor += agrees.to(divisor.dtype).mul_(part.weight if normalize else 1)
     return total.div_(torch.where(divisor == 0, 1, divisor))

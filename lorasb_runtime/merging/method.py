@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lorasb_runtime.errors import InputError
-from lorasb_runtime.merging.options import as_keywords, check_options
+from lorasb_runtime.merging.options import as_keywords, check_options, find_options
 
 DROP_DOMAIN = "lorasb-dare-1"  # of the seeds that say which entries DARE drops
 
@@ -72,6 +72,9 @@ class MergeMethod:
     count: int | None = None
     ordered: bool = False
     options: Mapping[str, Any] = field(default_factory=dict)
+
+    def takes(self, option: str) -> bool:
+        return option in find_options(self.merge)
 
     def with_options(self, given: Mapping[str, Any]) -> "MergeMethod":
         """The method with these options and its defaults. Raises InputError as `check_options`."""

@@ -27,20 +27,27 @@ Seed = Annotated[int, Limits(0, 2**63 - 1)]
 MajoritySign = Literal["total", "frequency"]
 
 
+def find_options(merge: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """The options of `merge`: its keyword-only parameters, by name.
+
+    An option's name is its parameter's, without the underscore after a Python keyword.
+    """
+    return {
+        name.rstrip("_"): parameter
+        for name, parameter in inspect.signature(merge).parameters.items()
+        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
+    }
+
+
 def check_options(
     method: str, merge: Callable[..., Any], given: Mapping[str, Any]
 ) -> dict[str, Any]:
     """All the options of `merge` by name: those given, checked, and the defaults of the others.
 
-    An option's name is its parameter's, without the underscore after a Python keyword. Raises
-    InputError for one that the method does not take, one that it needs, and a wrong value.
+    Raises InputError for one that the method does not take, one that it needs, and a wrong value.
     """
-    taken = {
-        name.rstrip("_"): parameter
-        for name, parameter in inspect.signature(merge).parameters.items()
-        if parameter.kind is inspect.Parameter.KEYWORD_ONLY
-    }
-    for name in given.keys() - taken.keys():
+    taken = find_options(merge)
+    for name in sorted(given.keys() - taken.keys()):
         raise InputError(
             f"method {method}: found option {_shown(name)}, expected only "
             f"{', '.join(map(_shown, sorted(taken)))}"
@@ -58,8 +65,8 @@ def check_options(
 
 def as_keywords(merge: Callable[..., Any], options: Mapping[str, Any]) -> dict[str, Any]:
     """Options by name as keyword arguments of `merge`."""
-    names = {name.rstrip("_"): name for name in inspect.signature(merge).parameters}
-    return {names[name]: value for name, value in options.items()}
+    taken = find_options(merge)
+    return {taken[name].name: value for name, value in options.items()}
 
 
 def _shown(name: str) -> str:

@@ -52,7 +52,7 @@ def blend(
         rescale=rescale,
         t=t,
     )
-    chosen = find_method(method, options)
+    chosen = find_method(method).with_options(options)
     wanted = parse_dtype(dtype)
     if output.is_dir():
         raise InputError(f"{output}: found a folder, expected the adapter file to write")

@@ -30,7 +30,7 @@ def merge(
     subtract: bool = merge_flags.SUBTRACT,
     dtype: str | None = merge_flags.DTYPE,
     rounding: str = merge_flags.ROUNDING,
-    seed: int | None = merge_flags.SEED,
+    seed: int | None = method_flags.SEED,
     untie: bool = merge_flags.UNTIE,
     dequantize: bool = merge_flags.DEQUANTIZE,
     reversible: bool = merge_flags.REVERSIBLE,

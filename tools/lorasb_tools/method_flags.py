@@ -20,7 +20,7 @@ DENSITY = typer.Option(
 MAJORITY_SIGN = typer.Option(
     None, help="ties: sign of the sum (total, the default) or of most (frequency)."
 )
-SEED = typer.Option(None, help="dare: what the dropped entries depend on; 0.")
+SEED = typer.Option(None, help="What chance depends on (dare, stochastic rounding); 0.")
 RESCALE = typer.Option(
     None, "--rescale/--no-rescale", help="dare: divide what is kept by the density; yes."
 )
