@@ -8,12 +8,11 @@ import torch
 
 from lorasb_runtime.merging import METHODS
 from lorasb_runtime.merging.checkpoint import MergeConfig, MergeReport, merge_checkpoint
-from lorasb_runtime.merging.combine import combine_adapters
-from lorasb_runtime.merging.delta import DeltaOf, core_deltas
+from lorasb_runtime.merging.delta import DeltaOf
+from lorasb_runtime.merging.method_deltas import method_deltas
 from lorasb_runtime.merging.provenance import describe_merge
 from lorasb_runtime.merging.weighted import WeightedAdapter
 from lorasb_runtime.models.locate import identify
-from lorasb_runtime.ops.core_matmul import scale_core
 from lorasb_runtime.storage.adapter_file import Adapter
 from lorasb_runtime.storage.basis_file import Basis
 from lorasb_runtime.storage.checkpoint import open_checkpoint
@@ -21,8 +20,7 @@ from lorasb_runtime.storage.checkpoint import open_checkpoint
 
 def deltas_of(basis: Basis, *adapters: Adapter | WeightedAdapter) -> DeltaOf:
     items = [WeightedAdapter(a) if isinstance(a, Adapter) else a for a in adapters]
-    cores = combine_adapters(items, basis, METHODS["linear"])
-    return core_deltas(basis, scale_core(cores, basis.scaling))
+    return method_deltas(items, basis, METHODS["linear"])
 
 
 def merge(
@@ -41,7 +39,7 @@ def merge(
         basis,
         deltas_of(basis, *items),
         output,
-        provenance=describe_merge(identify(str(model), source), basis, items, "linear"),
+        provenance=describe_merge(identify(str(model), source), basis, items, METHODS["linear"]),
         config=MergeConfig(**options),
         force=force,
     )

@@ -8,11 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lorasb_runtime.errors import BasisMismatchError, FileFormatError, InputError
+from lorasb_runtime.merging import find_method
 from lorasb_runtime.merging.blend import (
     blend_adapters,
     blend_version,
     exact_blend,
-    normalized,
 )
 from lorasb_runtime.merging.weighted import WeightedAdapter
 from lorasb_runtime.ops.core_matmul import resident_cores
@@ -93,9 +93,26 @@ def test_one_version_several_times_adds_its_weights(
 def test_nothing_is_normalised_unless_asked() -> None:
     items = [WeightedAdapter(make([1.0] * SIZE), 3.0), WeightedAdapter(make([2.0] * SIZE), -1.0)]
     assert blend_adapters(items, "x").cores.tolist() == [1.0] * SIZE
-    assert blend_adapters(normalized(items), "x").cores.tolist() == [0.5] * SIZE
+    asked = find_method("linear").with_options({"normalize": True})
+    blended = blend_adapters(items, "x", method=asked)
+    assert blended.cores.tolist() == [0.5] * SIZE
+    assert (blended.info["method"], blended.info["options"]) == ("linear", {"normalize": True})
+    assert sorted(part["weight"] for part in blended.info["blend"]) == [-1.0, 3.0]
+    nothing = [WeightedAdapter(items[0].adapter, w) for w in (1.0, -1.0)]
     with pytest.raises(InputError, match="found a sum of 0"):
-        normalized([WeightedAdapter(items[0].adapter, w) for w in (1.0, -1.0)])
+        blend_adapters(nothing, "x", method=asked)
+
+
+def test_adapters_that_were_no_file_yet_are_ordered_too() -> None:
+    items = [WeightedAdapter(Adapter(torch.randn(SIZE), BASIS), 1 / 3) for _ in range(3)]
+    assert bits(exact_blend(items)) == bits(exact_blend(items[::-1]))
+
+
+def test_it_is_rounded_once_and_not_term_by_term() -> None:
+    """1 + 2**-8 + 2**-8 in bfloat16: term by term each small one is lost."""
+    items = [WeightedAdapter(make([v] * SIZE, torch.bfloat16)) for v in (1.0, 2.0**-8)]
+    items.append(WeightedAdapter(make([2.0**-8] * SIZE, torch.bfloat16, "other")))
+    assert blend_adapters(items, "x", torch.bfloat16).cores.tolist() == [1.0 + 2.0**-7] * SIZE
 
 
 def nearest(value: float, dtype: torch.dtype) -> list[float]:

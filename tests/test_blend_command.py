@@ -54,11 +54,12 @@ def test_normalize_and_dtype_are_kept_to(blend: Run, one: Path, two: Path, tmp_p
     output = tmp_path / "mix.safetensors"
     flags = ("--normalize", "--dtype", "bfloat16", "--name", "half")
     status, said, _ = blend(one, f"{two}=3", "-o", output, *flags)
-    assert status == 0 and "+0.75 * two" in said
+    assert status == 0 and "linear normalize=True" in said and "+3 * two" in said
     mix = load_adapter(output)
     assert mix.cores.dtype == torch.bfloat16 and mix.cores.tolist() == [1.75] * 5
     assert mix.name == "half"
-    assert {part["weight"] for part in mix.info["blend"]} == {0.25, 0.75}
+    assert {part["weight"] for part in mix.info["blend"]} == {1.0, 3.0}
+    assert mix.info["options"] == {"normalize": True}
 
 
 def test_a_file_is_replaced_only_by_force(blend: Run, one: Path, two: Path) -> None:

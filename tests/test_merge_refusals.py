@@ -114,7 +114,7 @@ def test_an_equals_sign_may_be_part_of_a_file_name(lorasb: Run, work: Path) -> N
         (["a="], "found weight '', expected"),
         (["a=1e300"], "the cores do not fit float32"),
         (["nothing"], "nothing: no such file"),
-        (["a", "--method", "ties"], "method: found 'ties', expected one of linear"),
+        (["a", "--method", "median"], "method: found 'median', expected one of linear"),
         (["a", "--dtype", "int8"], "dtype: found 'int8', expected one of bfloat16"),
         (["a", "--dtype", ""], "dtype: found '', expected one of"),
         (["a", "-o", "model"], "model: found the model's own folder"),

@@ -17,10 +17,9 @@ from serving import LORASB, lorasb, serving
 
 from lorasb_runtime.merging import METHODS
 from lorasb_runtime.merging.checkpoint import merge_checkpoint
-from lorasb_runtime.merging.delta import core_deltas
+from lorasb_runtime.merging.method_deltas import method_deltas
 from lorasb_runtime.merging.weighted import WeightedAdapter
 from lorasb_runtime.models.load import load_causal_lm, load_tokenizer
-from lorasb_runtime.ops.core_matmul import scale_core
 from lorasb_runtime.storage.adapter_file import Adapter, save_adapter, serialize_adapter
 from lorasb_runtime.storage.basis_file import Basis, save_basis
 from lorasb_runtime.storage.checkpoint import open_checkpoint
@@ -73,8 +72,7 @@ def merged_text(
     folder = pico
     if adapter is not None:
         folder = to / adapter.version
-        cores = METHODS["linear"]([WeightedAdapter(adapter, 1.0)])
-        deltas = core_deltas(basis, scale_core(cores, basis.scaling))
+        deltas = method_deltas([WeightedAdapter(adapter)], basis, METHODS["linear"])
         merge_checkpoint(open_checkpoint(pico), basis, deltas, folder, provenance={}, force=True)
     model = load_causal_lm(folder, torch.float32)
     ids = torch.tensor([prompt])

@@ -1,11 +1,8 @@
 """Adapters with weights, as users name them and as merge methods take them."""
 
 import math
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
 
 from lorasb_runtime.errors import InputError
 from lorasb_runtime.storage.adapter_file import Adapter, load_adapter
@@ -18,10 +15,6 @@ class WeightedAdapter:
 
     adapter: Adapter
     weight: float = 1.0
-
-
-# From adapters of one basis, one at least, to one flat vector of cores [D] in float64.
-CombineCores = Callable[[Sequence[WeightedAdapter]], torch.Tensor]
 
 
 def load_weighted(text: str, basis: Basis | None = None) -> WeightedAdapter:

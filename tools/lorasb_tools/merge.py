@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from lorasb_tools import merge_flags
+from lorasb_runtime.errors import InputError
+from lorasb_tools import merge_flags, method_flags
 from lorasb_tools.merge_report import tell
 from lorasb_tools.report import JSON_FLAG, phases
 
@@ -19,11 +20,17 @@ def merge(
     adapters: list[str] = typer.Argument(help="ADAPTER or ADAPTER=WEIGHT, one or several."),
     basis: Path = typer.Option(..., help="The adapters' basis file."),
     output: Path = merge_flags.OUTPUT,
-    method: str = typer.Option("linear", help="How several adapters become one."),
+    method: str = method_flags.METHOD,
+    normalize: bool | None = method_flags.NORMALIZE,
+    lambda_: float | None = method_flags.LAMBDA,
+    density: float | None = method_flags.DENSITY,
+    majority_sign: str | None = method_flags.MAJORITY_SIGN,
+    rescale: bool | None = method_flags.RESCALE,
+    t: float | None = method_flags.T,
     subtract: bool = merge_flags.SUBTRACT,
     dtype: str | None = merge_flags.DTYPE,
     rounding: str = merge_flags.ROUNDING,
-    seed: int | None = merge_flags.SEED,
+    seed: int | None = method_flags.SEED,
     untie: bool = merge_flags.UNTIE,
     dequantize: bool = merge_flags.DEQUANTIZE,
     reversible: bool = merge_flags.REVERSIBLE,
@@ -37,25 +44,34 @@ def merge(
     """Fold one or several weighted adapters into MODEL's weights, shard by shard."""
     from lorasb_runtime.merging import find_method
     from lorasb_runtime.merging.checkpoint import merge_checkpoint
-    from lorasb_runtime.merging.combine import combine_adapters
-    from lorasb_runtime.merging.delta import core_deltas
+    from lorasb_runtime.merging.method_deltas import method_deltas
     from lorasb_runtime.merging.provenance import describe_merge
     from lorasb_runtime.merging.weighted import load_weighted
     from lorasb_runtime.models.locate import identify, open_model
-    from lorasb_runtime.ops.core_matmul import scale_core
     from lorasb_runtime.storage.basis_file import map_basis
 
-    combine = find_method(method)
+    found = find_method(method)
     config = _config(dtype, rounding, seed, untie, dequantize, reversible, workers)
+    if seed is not None and not (config.rounding.stochastic or found.takes("seed")):
+        raise InputError("--seed needs --rounding stochastic or a method that draws from it")
+    options = method_flags.given(
+        normalize=normalize,
+        lambda_=lambda_,
+        density=density,
+        majority_sign=majority_sign,
+        seed=seed if found.takes("seed") else None,
+        rescale=rescale,
+        t=t,
+    )
+    chosen = found.with_options(options)
     asked = merge_flags.verify_prompts(verify, prompt, prompts)
     loaded = map_basis(basis)
     weighted = [load_weighted(text, loaded) for text in adapters]
     if subtract:
         weighted = [replace(item, weight=-item.weight) for item in weighted]
-    cores = combine_adapters(weighted, loaded, combine)
-    deltas = core_deltas(loaded, scale_core(cores, loaded.scaling))
+    deltas = method_deltas(weighted, loaded, chosen)
     source = open_model(model)
-    provenance = describe_merge(identify(model, source), loaded, weighted, method)
+    provenance = describe_merge(identify(model, source), loaded, weighted, chosen)
     verifier = None
     if asked:
         from lorasb_runtime.merging.verify import Verifier
@@ -85,15 +101,12 @@ def _config(
     reversible: bool,
     workers: int | None,
 ) -> "MergeConfig":
-    from lorasb_runtime.errors import InputError
     from lorasb_runtime.merging.checkpoint import MergeConfig
     from lorasb_runtime.merging.fold import Rounding
     from lorasb_runtime.storage.dtypes import parse_dtype
 
     if rounding not in ("nearest", "stochastic"):
         raise InputError(f"rounding: found {rounding!r}, expected nearest or stochastic")
-    if seed is not None and rounding == "nearest":
-        raise InputError("--seed needs --rounding stochastic, which draws from it")
     return MergeConfig(
         dtype=parse_dtype(dtype) if dtype is not None else None,
         rounding=Rounding(rounding == "stochastic", seed or 0),

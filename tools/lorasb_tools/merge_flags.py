@@ -16,7 +16,6 @@ FORCE = typer.Option(False, "--force", help="Replace an existing model folder.")
 WORKERS = typer.Option(None, min=1, help="Threads; by default as many as processors, at most 8.")
 DTYPE = typer.Option(None, help="bfloat16, float16 or float32; the checkpoint's own by default.")
 ROUNDING = typer.Option("nearest", help="Of merged weights to 16 bits: nearest or stochastic.")
-SEED = typer.Option(None, help="What stochastic rounding draws from; 0.")
 SUBTRACT = typer.Option(False, "--subtract", help="Turn the sign of every weight round.")
 UNTIE = typer.Option(
     False, "--untie", help="Give an output embedding that is the input's too a tensor of its own."

@@ -66,11 +66,9 @@ def _subtract(
     as_json: bool,
 ) -> None:
     from lorasb_runtime.merging import find_method
-    from lorasb_runtime.merging.combine import combine_adapters
-    from lorasb_runtime.merging.delta import core_deltas
+    from lorasb_runtime.merging.method_deltas import method_deltas
     from lorasb_runtime.merging.record import MergeRecord
     from lorasb_runtime.merging.unmerge import check_adapters, check_basis_of, unmerge
-    from lorasb_runtime.ops.core_matmul import scale_core
     from lorasb_runtime.storage.adapter_file import load_adapter
     from lorasb_runtime.storage.basis_file import map_basis
 
@@ -80,8 +78,9 @@ def _subtract(
     loaded = map_basis(basis)
     check_basis_of(record, loaded)
     weighted = check_adapters(record, [load_adapter(path, loaded) for path in adapters])
-    cores = combine_adapters(weighted, loaded, find_method(record.provenance["method"]))
-    deltas = core_deltas(loaded, scale_core(cores, loaded.scaling))
+    said = record.as_json()
+    method = find_method(said["method"]).with_options(said.get("options", {}))
+    deltas = method_deltas(weighted, loaded, method)
     with phases(in_bytes=True) as report:
         result = unmerge(merged, record, loaded, deltas, output, force=force, report=report)
     _tell(output, result, as_json)
