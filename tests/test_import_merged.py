@@ -154,7 +154,7 @@ def test_another_architecture_is_refused(pico: Path, merged: Path, tmp_path: Pat
     [
         (SINGLE, b"", "without a safetensors header"),
         (SINGLE, b"\x02\0\0\0\0\0\0\0[]", "a header that is no JSON object"),
-        (SINGLE, b'\x0a\0\0\0\0\0\0\0{"a": {} }', "a header without a's place"),
+        (SINGLE, b'\x0a\0\0\0\0\0\0\0{"a": {} }', "found a with {}"),
         (INDEX, b'{"weight_map": {"a": ["x"]}}', "found no shard"),
         (INDEX, b'{"weight_map": {"a": "../model.safetensors"}}', "found no shard"),
         (INDEX, b'{"weight_map": 5}', "found no weight_map"),
