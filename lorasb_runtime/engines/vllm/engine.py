@@ -69,6 +69,7 @@ class VllmEngine:
         if not self._closed:
             self._closed = True
             self._client.shutdown()
+            self._client = self._bringer = None  # or vLLM complains when the interpreter ends
 
     def stats(self) -> EngineStats:
         return self._gauges.stats()

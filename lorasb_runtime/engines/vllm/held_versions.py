@@ -5,6 +5,7 @@ keeps them apart, and a running request ends on the version that it started with
 """
 
 import asyncio
+import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
@@ -47,7 +48,9 @@ class HeldVersions:
         self.capacity = max(2 * slots, HELD_BYTES // (basis.size * dtype.itemsize))
         self._in_use = in_use
         self._clock = clock
-        self._numbers = count(1)
+        # vLLM holds them in 32 bits. Not from 1 on, where another front end of these workers would
+        # start as well.
+        self._numbers = count(1 + secrets.randbits(30))
         self._held: OrderedDict[str, _Entry] = OrderedDict()
 
     def __len__(self) -> int:

@@ -78,8 +78,12 @@ class SharedBasisManager(WorkerLoRAManager):
         return model
 
     def add_adapter(self, request: LoRARequest) -> bool:
-        """Hold the cores that the request's path carries; those that are held already stay."""
+        """Hold the cores that the request's path carries; those that are held already stay.
+
+        Raises EngineError where the number is another version's.
+        """
         if request.lora_int_id in self._held:
+            self._find(request)
             return False
         version, cores = parse_message(request.lora_path, self.lora_config.lora_dtype)
         self._held[request.lora_int_id] = Held(version, cores)
