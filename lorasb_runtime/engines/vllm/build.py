@@ -83,7 +83,7 @@ def engine_args(
     args = AsyncEngineArgs.from_cli_args(parser.parse_args(words))
     args.model = str(folder)
     args.dtype = config.dtype or "auto"
-    args.max_model_len = config.max_model_len
+    args.max_model_len = config.max_model_len or -1  # the model's own, or what the KV cache holds
     args.max_num_seqs = config.scheduler.max_num_seqs
     args.max_num_batched_tokens = max(
         config.scheduler.max_batched_tokens, config.scheduler.max_num_seqs
