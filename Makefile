@@ -12,15 +12,20 @@ TORCH_INDEX ?=
 VLLM_VENV := .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
 
-.PHONY: demo test test-fast lint types setup model chromium vllm clean
+.PHONY: demo test test-fast test-vllm lint types setup model chromium vllm clean
 
 demo: setup model
 	@echo "== demo: derive, train, serve, swap, merge on $(MODEL)"
 	$(BIN)/python examples/demo.py --model $(MODEL) --work demo
 
-test: setup model chromium lint types
+test: setup model chromium lint types test-vllm
 	@echo "== tests, the slow ones on $(MODEL) included"
 	LORASB_TEST_MODEL=$(MODEL) $(BIN)/python -m pytest -q
+
+# Warnings are shown and no errors here: vLLM's own modules warn when they are imported.
+test-vllm: vllm
+	@echo "== tests of the vLLM engine, in an environment of its own"
+	$(VLLM_BIN)/python -m pytest -q -W default tests/vllm_native
 
 test-fast: setup chromium
 	@echo "== tests without the real model"

@@ -9,6 +9,7 @@ import pytest
 import torch
 from bases import random_adapter
 
+from lorasb_runtime.engines.vllm import sharding
 from lorasb_runtime.engines.vllm.core_message import (
     parse_message,
     version_in,
@@ -21,8 +22,8 @@ from lorasb_runtime.engines.vllm.plugin_settings import PluginSettings
 from lorasb_runtime.engines.vllm.resident import ResidentCores, split_rows
 from lorasb_runtime.engines.vllm.sharding import (
     Segment,
-    block_b,
     column_segments,
+    expands_of,
     qkv_segments,
     shard_a,
     shard_b,
@@ -91,8 +92,12 @@ def test_row_parallel_parts_add_up_to_the_whole(tp: int) -> None:
 
 
 @pytest.mark.parametrize("tp", [1, 2])
-def test_a_group_on_each_rank_gives_that_ranks_rows(tp: int) -> None:
-    """One multiply by the blocks of B, over all ranks, is B R A x of each fused module."""
+@pytest.mark.parametrize("largest", [0, 16])
+def test_a_group_on_each_rank_gives_that_ranks_rows(
+    tp: int, largest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of B or each member's own, over all ranks, give B R A x of each fused module."""
+    monkeypatch.setattr(sharding, "LARGEST_BLOCK_RANK", largest)
     basis = qkv_basis()
     adapter = random_adapter(basis, 1)
     x = torch.randn(5, 8)
@@ -104,11 +109,15 @@ def test_a_group_on_each_rank_gives_that_ranks_rows(tp: int) -> None:
             for t, s in zip(basis.targets[:3], segments, strict=True)
         ]
         offsets = [0, segments[0].local, segments[0].local + segments[1].local]
-        b = block_b(parts, offsets, sum(s.local for s in segments))
+        expands = expands_of(parts, offsets)
+        assert len(expands) == (1 if largest else 3)
         a = torch.cat([basis.a(t.module) for t in basis.targets[:3]])
         h = (x @ a.t()).view(5, 3, 4)
         cores = adapter.cores[: 3 * 16].view(3, 4, 4)
-        y = torch.einsum("mij,tmj->tmi", cores, h).reshape(5, 12) @ b.t()
+        h = torch.einsum("mij,tmj->tmi", cores, h).reshape(5, 12)
+        y = torch.zeros(5, sum(s.local for s in segments))
+        for e in expands:
+            y[:, e.row :][:, : len(e.b)] += h[:, e.start :][:, : e.b.shape[1]] @ e.b.t()
         for i, part in enumerate(y.split([s.local for s in segments], dim=1)):
             found[i].append(part)
     for i, t in enumerate(basis.targets[:3]):
@@ -154,9 +163,10 @@ def qkv_delta(basis: Basis, resident: ResidentCores, group: int) -> SharedDelta:
     targets = basis.targets[:3] if group == 0 else basis.targets[3:]
     parts = [basis.b(t.module) for t in targets]
     offsets = [0, 12, 18][: len(parts)]
-    b = block_b(parts, offsets, sum(len(p) for p in parts))
     a = torch.cat([basis.a(t.module) for t in targets])
-    return SharedDelta(a, b, resident, group, (len(parts), targets[0].rank))
+    return SharedDelta(
+        a, expands_of(parts, offsets), resident, group, (len(parts), targets[0].rank)
+    )
 
 
 def resident_cores_of(basis: Basis, device: torch.device = CPU) -> ResidentCores:
@@ -190,7 +200,7 @@ def test_each_row_gets_its_own_delta_in_any_order(seed: int, traced: bool, group
     owners = shuffled_rows(seed) if seed else [1] * 30
     resident.map_tokens(tuple(slots[adapters[o - 1].version] if o else 0 for o in owners))
     x = torch.randn(len(owners), delta.a.shape[1])
-    y = torch.randn(len(owners), delta.b.shape[0])
+    y = torch.randn(len(owners), 24 if group == 0 else 8)
     expected = y.clone()
     for row, owner in enumerate(owners):
         if owner:

@@ -1,8 +1,7 @@
 """Both HTTP servers on the one engine: ours, and vLLM's own with the plugin's store."""
 
 import base64
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +67,15 @@ def ours(native: Native, store: AdapterStore) -> Ask:
 
 
 @pytest.fixture(scope="module")
-def theirs(native: Native, store: AdapterStore) -> Ask:
+def theirs(native: Native, store: AdapterStore) -> Iterator[Ask]:
     """vLLM's own application, made as its `run_server` makes it, on the engine that runs."""
-    os.environ |= {"LORASB_ADAPTERS": store.url, "LORASB_REFRESH": "0"}
-    register()
-    register()
-    return asking(native, native.run(vllm_application(native)))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LORASB_BASIS", str(native.basis_file))
+        patch.setenv("LORASB_ADAPTERS", store.url)
+        patch.setenv("LORASB_REFRESH", "0")
+        register()
+        register()
+        yield asking(native, native.run(vllm_application(native)))
 
 
 async def vllm_application(native: Native) -> FastAPI:

@@ -26,9 +26,10 @@ from vllm.model_executor.layers.linear import (
 
 from lorasb_runtime.engines.vllm.placement import Group
 from lorasb_runtime.engines.vllm.sharding import (
+    Expand,
     Segment,
-    block_b,
     column_segments,
+    expands_of,
     qkv_segments,
     shard_a,
     shard_b,
@@ -41,14 +42,16 @@ from lorasb_runtime.storage.basis_file import Basis
 class _Shared:
     """The part that the three classes have in common, in front of vLLM's class."""
 
-    deltas: nn.ModuleList
+    deltas: tuple[SharedDelta, ...]
 
     def _apply_lora_to_output(self, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """output + B (R (A x)) of every group; [tokens, ...], or [1, tokens, ...] both."""
-        flat, rows = output.view(-1, output.shape[-1]), x.reshape(-1, x.shape[-1])
+        shape = output.shape
+        if output.dim() == 3:
+            output, x = output.flatten(0, 1), x.flatten(0, 1)
         for delta in self.deltas:
-            flat = delta.add_to(flat, rows)  # type: ignore[operator]
-        return flat.view(output.shape)
+            output = delta.add_to(output, x)
+        return output.view(shape)
 
 
 class SharedColumnLinear(_Shared, ColumnParallelLinearWithLoRA):
@@ -81,9 +84,10 @@ def shared_layer(base: nn.Module, name: str, deltas: Sequence[SharedDelta]) -> n
         raise InputError("VLLM_LORA_ENABLE_DUAL_STREAM: not supported with lorasb's layers")
     for kind, shared in KINDS:
         if type(base) is maybe_get_oot_by_class(kind):
-            layer: nn.Module = shared(base)
-            layer.deltas = nn.ModuleList(deltas)
-            return layer
+            layer: Any = shared(base)
+            layer.deltas = tuple(deltas)
+            placed: nn.Module = layer
+            return placed
     known = ", ".join(kind.__name__ for kind, _ in KINDS)
     raise BasisMismatchError(f"{name}: found {type(base).__name__}, expected one of {known}")
 
@@ -108,8 +112,8 @@ def segments_of(base: Any) -> tuple[Segment, ...]:
 
 def shared_pair(
     base: Any, members: int, group: Group, basis: Basis
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """A [m * r, in] and B [out, m * r] of a group on this rank, in float32.
+) -> tuple[torch.Tensor, tuple[Expand, ...]]:
+    """A [m * r, in] and the expand step of a group on this rank, in float32.
 
     members: modules that are fused in the layer. Raises BasisMismatchError for other shapes than
     the layer's.
@@ -142,4 +146,4 @@ def shared_pair(
         stacked.append(a)
         expands.append(shard_b(basis.b(target.module), parts[member]))
     offsets = [starts[member] for member in group.members]
-    return torch.cat(stacked), block_b(expands, offsets, starts[-1])
+    return torch.cat(stacked), expands_of(expands, offsets)

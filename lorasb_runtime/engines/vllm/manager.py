@@ -6,7 +6,7 @@ its `remove_lora`; what is held here stays until then, so that no request ever l
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -167,9 +167,10 @@ def install_groups(
     for number, group in enumerate(groups):
         base = model.get_submodule(group.layer)
         members = len(packed.get(group.layer.rpartition(".")[2], [group.layer]))
-        a, b = shared_pair(base, members, group, basis)
+        a, expands = shared_pair(base, members, group, basis)
         shape = len(group.targets), group.rank
-        delta = SharedDelta(a.to(device, dtype), b.to(device, dtype), resident, number, shape)
+        placed = [replace(expand, b=expand.b.to(device, dtype)) for expand in expands]
+        delta = SharedDelta(a.to(device, dtype), placed, resident, number, shape)
         deltas.setdefault(group.layer, []).append(delta)
     for name, parts in deltas.items():
         replace_submodule(model, name, shared_layer(model.get_submodule(name), name, parts))

@@ -42,7 +42,9 @@ class ResidentCores:
         self._size = basis.size
         local = sum(end - start for start, end in self._spans)
         self.slots = SlotTable(adapters + 1, local, dtype, device)
-        self.rows = CoreRows(self.slots, [(len(g.targets), g.rank) for g in groups], dtype)
+        # Brought in float32: a CPU multiplies batches of small matrices twice as fast as in bf16.
+        shapes = [(len(g.targets), g.rank) for g in groups]
+        self.rows = CoreRows(self.slots, shapes, torch.float32)
         self.on_device = device.type != "cpu"
         self.token_slots = torch.zeros(max_tokens, dtype=torch.int64, device=device)
         self.order: torch.Tensor | None = None

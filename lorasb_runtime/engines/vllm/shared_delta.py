@@ -4,37 +4,36 @@ Knows no vllm. On CPU in plain torch; elsewhere in tensor operations alone, with
 values, so that they can be traced by torch.compile and captured in CUDA graphs.
 """
 
+from collections.abc import Sequence
+
 import torch
-from torch import nn
 
 from lorasb_runtime.engines.torch.core_rows import CoreRows
 from lorasb_runtime.engines.vllm.resident import ResidentCores
+from lorasb_runtime.engines.vllm.sharding import Expand
 from lorasb_runtime.models.adapted_linear import ALL_ROWS
 from lorasb_runtime.ops.core_kernel import kernel_works, slot_matvec
 from lorasb_runtime.ops.core_matmul import apply_cores, expand_add, shrink
 
 
-class SharedDelta(nn.Module):
-    """a: [m * r, in], the members' A one under the other. b: [out, m * r] as of `block_b`.
+class SharedDelta:
+    """a: [m * r, in], the members' A one under the other. expands: their B, as of `expands_of`.
 
-    Both are this tensor-parallel rank's part, in the dtype of the activations.
+    Both are this tensor-parallel rank's part, in the dtype of the activations, and no buffers of a
+    module: they are looked up for every layer in every step.
     """
-
-    a: torch.Tensor
-    b: torch.Tensor
 
     def __init__(
         self,
         a: torch.Tensor,
-        b: torch.Tensor,
+        expands: Sequence[Expand],
         resident: ResidentCores,
         group: int,
         shape: tuple[int, int],
     ) -> None:
         """group: its number among the resident cores' groups. shape: (m, r)."""
-        super().__init__()
-        self.register_buffer("a", a, persistent=False)
-        self.register_buffer("b", b, persistent=False)
+        self.a = a
+        self.expands = tuple((e.b, e.start, e.row) for e in expands)
         self.members, self.rank = shape
         self.resident = resident
         self._group = group
@@ -45,38 +44,46 @@ class SharedDelta(nn.Module):
         )
 
     def add_to(self, output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """output [tokens, out] + B (R (A x)), each row by its own slot's R; x: [tokens, in]."""
+        """output [tokens, out] + B (R (A x)), each row by its own slot's R; x: [tokens, in].
+
+        In place.
+        """
         if self._on_device:
-            return self._add_traced(output, x)
-        rows = self.resident.rows
-        if rows.rows is not None:
-            self._add_rows(output, x, rows)
+            self._add_traced(output, x)
+        elif self.resident.rows.rows is not None:
+            self._add_rows(output, x, self.resident.rows)
         return output
 
-    def _add_traced(self, output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    def _add_traced(self, output: torch.Tensor, x: torch.Tensor) -> None:
         slots = self.resident.token_slots[: x.shape[0]]
         h = shrink(x, self.a).view(-1, self.members, self.rank)
         if self._kernel:
             h = torch.ops.lorasb.slot_matvec(h, self._cores, slots)
         else:
             h = torch.matmul(self._cores.index_select(0, slots).to(h.dtype), h.unsqueeze(-1))
-        return expand_add(output, h.reshape(x.shape[0], -1), self.b)
+        self._expand(output, h.reshape(x.shape[0], -1))
 
     def _add_rows(self, output: torch.Tensor, x: torch.Tensor, rows: CoreRows) -> None:
         begin, end = rows.slot_rows.begin, rows.slot_rows.end
         order = self.resident.order
-        part = x
+        part, target = x, output
         if order is not None:
             part = x.index_select(0, order[begin:end])
+            target = output.new_zeros(end - begin, output.shape[1])
         elif rows.rows != ALL_ROWS or x.shape[0] != end:
-            part, output = x[begin:end], output[begin:end]
-        h = shrink(part, self.a).view(-1, self.members, self.rank)
+            part, target = x[begin:end], output[begin:end]
+        h = shrink(part, self.a).to(rows.dtype).view(-1, self.members, self.rank)
         h = apply_cores(h, self._cores, rows.slot_rows, rows.own(self._group))
-        h = h.reshape(-1, self.members * self.rank)
-        if order is None:
-            expand_add(output, h, self.b)
-        else:
-            output.index_add_(0, order[begin:end], torch.mm(h, self.b.t()))
+        self._expand(target, h.reshape(-1, self.members * self.rank).to(x.dtype))
+        if order is not None:
+            output.index_add_(0, order[begin:end], target)
+
+    def _expand(self, output: torch.Tensor, h: torch.Tensor) -> None:
+        for b, start, row in self.expands:
+            rows, columns = b.shape
+            part = h if columns == h.shape[1] else h[:, start : start + columns]
+            whole = rows == output.shape[1]
+            expand_add(output if whole else output[:, row : row + rows], part, b)
 
 
 @torch.library.custom_op("lorasb::slot_matvec", mutates_args=())
