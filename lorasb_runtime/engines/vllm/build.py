@@ -25,6 +25,8 @@ from lorasb_runtime.models.text import TextCodec
 from lorasb_runtime.storage.basis_file import Basis, load_basis
 
 PLUGIN = "lorasb"
+RAY_CARRIES = "VLLM_RAY_EXTRA_ENV_VAR_PREFIXES_TO_COPY"  # to the workers on other machines
+RAY_PREFIX = "LORASB_"
 # Set by our own flags, or needed as they are; not to be given as `--vllm-arg`.
 OURS = frozenset(
     (
@@ -108,6 +110,9 @@ def _configure_plugin(basis: Path | None) -> None:
     if basis is not None:
         check_plugin()
         os.environ.update(PluginSettings(basis.absolute()).as_environment())
+        carried = os.environ.get(RAY_CARRIES, "")
+        if RAY_PREFIX not in carried.split(","):
+            os.environ[RAY_CARRIES] = f"{carried},{RAY_PREFIX}".strip(",")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 

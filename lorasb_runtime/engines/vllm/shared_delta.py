@@ -13,7 +13,7 @@ from lorasb_runtime.engines.vllm.resident import ResidentCores
 from lorasb_runtime.engines.vllm.sharding import Expand
 from lorasb_runtime.models.adapted_linear import ALL_ROWS
 from lorasb_runtime.ops.core_kernel import kernel_works, slot_matvec
-from lorasb_runtime.ops.core_matmul import apply_cores, expand_add, shrink
+from lorasb_runtime.ops.core_matmul import SlotRows, apply_cores, expand_add, shrink
 
 
 class SharedDelta:
@@ -39,6 +39,8 @@ class SharedDelta:
         self._group = group
         self._cores = resident.cores(group, *shape)
         self._on_device = resident.on_device
+        self._batch: SlotRows | None = None
+        self._own: torch.Tensor | None = None  # of that batch
         self._kernel = a.device.type == "cuda" and kernel_works(
             self.members, self.rank, a.dtype, self._cores.dtype, a.device
         )
@@ -64,6 +66,23 @@ class SharedDelta:
         self._expand(output, h.reshape(x.shape[0], -1))
 
     def _add_rows(self, output: torch.Tensor, x: torch.Tensor, rows: CoreRows) -> None:
+        if rows.slot_rows is not self._batch:
+            self._batch, self._own = rows.slot_rows, self._all_decoding(rows)
+        if self._own is not None and x.shape[0] == self._own.shape[0]:
+            h = shrink(x, self.a).to(rows.dtype)
+            h = torch.bmm(h.view(-1, 1, self.rank), self._own.flatten(0, 1))
+            self._expand(output, h.view(x.shape[0], -1).to(x.dtype))
+        else:
+            self._add_mixed(output, x, rows)
+
+    def _all_decoding(self, rows: CoreRows) -> torch.Tensor | None:
+        """The rows' transposed cores where each row has its own: the commonest batch."""
+        own = rows.own(self._group)
+        if own is None or rows.slot_rows.runs or self.resident.order is not None:
+            return None
+        return own.transpose(2, 3)
+
+    def _add_mixed(self, output: torch.Tensor, x: torch.Tensor, rows: CoreRows) -> None:
         begin, end = rows.slot_rows.begin, rows.slot_rows.end
         order = self.resident.order
         part, target = x, output
