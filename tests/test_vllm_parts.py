@@ -307,3 +307,15 @@ def test_the_plugin_does_nothing_unless_configured(monkeypatch: pytest.MonkeyPat
 def test_settings_pass_through_the_environment(tmp_path: Path) -> None:
     settings = PluginSettings(tmp_path / "b.safetensors", "s3://bucket/adapters", 2.5)
     assert PluginSettings.read(settings.as_environment()) == settings
+
+
+def test_serve_refuses_flags_that_do_not_go_with_its_engine(
+    pico: Path, command: Callable[..., tuple[int, str, str]]
+) -> None:
+    for words, message in (
+        (["--vllm-arg", "seed=1"], "--vllm-arg: found 'seed=1' without --engine vllm"),
+        (["--engine", "sglang"], "engine: found 'sglang', expected one of torch, vllm"),
+        (["--engine", "vllm"], "--engine vllm: vLLM is not installed here"),
+    ):
+        status, _, said = command("serve", pico, *words)
+        assert (status, message in said) == (2, True), said

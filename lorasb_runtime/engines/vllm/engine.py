@@ -8,7 +8,6 @@ from typing import Any
 
 from vllm.exceptions import VLLMClientError
 from vllm.inputs.engine import tokens_input
-from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
 from lorasb_runtime.engines.base import (
     Chunk,
@@ -20,7 +19,7 @@ from lorasb_runtime.engines.base import (
 from lorasb_runtime.engines.vllm.gauges import Gauges, SlotReport
 from lorasb_runtime.engines.vllm.held_versions import AdapterBringer
 from lorasb_runtime.engines.vllm.translate import chunks_of, vllm_sampling
-from lorasb_runtime.errors import EngineError, InputError, OverloadedError
+from lorasb_runtime.errors import EngineError, InputError, LorasbError, OverloadedError
 from lorasb_runtime.models.text import TextCodec
 
 logger = logging.getLogger(__name__)
@@ -86,11 +85,13 @@ class VllmEngine:
         try:
             async for chunk in self._run(request, params):
                 yield chunk
-        except (EngineDeadError, EngineGenerateError) as error:
-            logger.exception("vLLM failed")
-            raise EngineError("the engine failed on this request") from error
+        except LorasbError:
+            raise
         except (VLLMClientError, ValueError) as error:
             raise InputError(str(error)) from None
+        except Exception as error:  # vLLM hands on whatever its processes raise
+            logger.exception("vLLM failed on request %s", request.request_id)
+            raise EngineError("the engine failed on this request") from error
         finally:
             self._open -= request.n
 
@@ -120,7 +121,8 @@ class VllmEngine:
             last = not self._open
             try:
                 reports = await self._client.collective_rpc("lorasb_slots")
-            except EngineDeadError:  # each request says so
+            except Exception as error:  # each request that fails says so itself
+                logger.warning("no report of the slots: %s", error)
                 return
             self._gauges.report = SlotReport(*reports[0])
             if not last:

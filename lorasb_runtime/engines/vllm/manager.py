@@ -26,7 +26,10 @@ from lorasb_runtime.engines.vllm.plugin_settings import PluginSettings
 from lorasb_runtime.engines.vllm.resident import ResidentCores, base_rows
 from lorasb_runtime.engines.vllm.shared_delta import SharedDelta
 from lorasb_runtime.errors import EngineError, InputError
+from lorasb_runtime.models.locate import locate_model
 from lorasb_runtime.storage.basis_file import Basis, load_basis
+from lorasb_runtime.storage.checkpoint import open_checkpoint
+from lorasb_runtime.storage.match import check_model
 
 logger = logging.getLogger(__name__)
 
@@ -59,7 +62,16 @@ class SharedBasisManager(WorkerLoRAManager):
         assert settings is not None
         if self.lora_config.fully_sharded_loras:
             raise InputError("fully_sharded_loras: found true; cores cannot be cut by rank")
+        if self.lora_config.lora_dtype != vllm_config.model_config.dtype:
+            raise InputError(
+                f"lora_dtype: found {self.lora_config.lora_dtype}, expected the model's "
+                f"{vllm_config.model_config.dtype}, in which A, B and cores are multiplied"
+            )
         basis = load_basis(settings.basis)
+        if vllm_config.load_config.load_format != "dummy":
+            model_config = vllm_config.model_config
+            folder = locate_model(model_config.model, model_config.revision)
+            check_model(basis, open_checkpoint(folder), str(settings.basis))
         # vLLM's cache of compiled code knows LoRA's settings alone.
         if isinstance(vllm_config.additional_config, dict):
             vllm_config.additional_config["lorasb_basis"] = basis.digest

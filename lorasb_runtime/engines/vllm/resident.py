@@ -16,15 +16,16 @@ from lorasb_runtime.errors import EngineError
 from lorasb_runtime.storage.basis_file import Basis
 
 DENSE_RUN = 16  # neighbouring rows of one slot from which on they are multiplied as one matrix
+PADDING = 256
 
 
 class ResidentCores:
     """slots: the table of cores, [1 + adapters, D of this rank], slot 0 all zeros.
 
     rows: what the CPU path multiplies by, brought once for each composition of the batch.
-    token_slots: int64 [max_tokens], each row's slot at a fixed address for CUDA graphs; rows after
-    the batch are of slot 0. order: int64 [tokens], the batch's rows with the decoding ones first,
-    where they do not come so anyway.
+    token_slots: int64, max_tokens and more: each row's slot, at a fixed address for CUDA graphs;
+    rows after the batch are of slot 0. order: int64 [tokens], the batch's rows with the decoding
+    ones first, where they do not come so anyway.
     """
 
     def __init__(
@@ -46,7 +47,9 @@ class ResidentCores:
         shapes = [(len(g.targets), g.rank) for g in groups]
         self.rows = CoreRows(self.slots, shapes, torch.float32)
         self.on_device = device.type != "cpu"
-        self.token_slots = torch.zeros(max_tokens, dtype=torch.int64, device=device)
+        # With room for the rows that fill up a CUDA graph's batch or one of several ranks.
+        longest = -(-max_tokens // PADDING) * PADDING
+        self.token_slots = torch.zeros(longest, dtype=torch.int64, device=device)
         self.order: torch.Tensor | None = None
         self._starts = [0]
         for group in groups:
