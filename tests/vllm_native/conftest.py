@@ -2,45 +2,17 @@
 
 import asyncio
 import threading
-from collections.abc import Coroutine, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
 
 import pytest
 from bases import random_adapter, random_basis
+from native import SLOTS, Native
 from pico import make_pico
 
-from lorasb_runtime.adapters.loaded_adapter import LoadedAdapter
-from lorasb_runtime.adapters.names import parse_name
 from lorasb_runtime.config import CacheConfig, EngineConfig, SchedulerConfig
 from lorasb_runtime.storage.adapter_file import Adapter
 from lorasb_runtime.storage.basis_file import Basis, save_basis
-
-if TYPE_CHECKING:
-    from lorasb_runtime.engines.vllm.engine import VllmEngine
-
-T = TypeVar("T")
-SLOTS = 33  # 32 adapters and the base
-WAIT_SECONDS = 120
-
-
-@dataclass(frozen=True)
-class Native:
-    """The engine, and what it serves; `run` gives a coroutine's result from the engine's loop."""
-
-    engine: "VllmEngine"
-    model: Path
-    basis: Basis
-    basis_file: Path
-    loop: asyncio.AbstractEventLoop
-
-    def run(self, work: Coroutine[Any, Any, T]) -> T:
-        return asyncio.run_coroutine_threadsafe(work, self.loop).result(WAIT_SECONDS)
-
-
-def loaded(adapter: Adapter, name: str = "") -> LoadedAdapter:
-    return LoadedAdapter(parse_name(name or adapter.name), adapter.version, adapter.cores)
 
 
 @pytest.fixture(scope="session")

@@ -22,7 +22,7 @@ from asking import (
     tokens_of,
 )
 from bases import random_adapter, reference_logits
-from conftest import SLOTS, Native
+from native import SLOTS, Native
 
 from lorasb_runtime.engines.base import Chunk, Grammar, SamplingParams
 from lorasb_runtime.errors import InputError, OverloadedError

@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed here: make vllm")
 from bases import random_adapter
-from conftest import loaded
+from native import loaded
 
 from lorasb_runtime.config import EngineConfig
 from lorasb_runtime.engines.vllm import patches

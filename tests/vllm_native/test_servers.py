@@ -11,8 +11,8 @@ import pytest
 pytest.importorskip("vllm", reason="vLLM is not installed here: make vllm")
 from asking import GREEDY, alone, text_of
 from bases import random_adapter
-from conftest import Native
 from fastapi import FastAPI
+from native import Native
 
 from lorasb_runtime.adapters.loader import AdapterLoader
 from lorasb_runtime.adapters.loader_config import LoaderConfig
