@@ -25,7 +25,7 @@ test: setup model chromium lint types test-vllm
 # Warnings are shown and no errors here: vLLM's own modules warn when they are imported.
 test-vllm: vllm
 	@echo "== tests of the vLLM engine, in an environment of its own"
-	$(VLLM_BIN)/python -m pytest -q -W default tests/vllm_native
+	$(VLLM_BIN)/python -m pytest -q -W default tests/test_vllm_*.py
 
 test-fast: setup chromium
 	@echo "== tests without the real model"

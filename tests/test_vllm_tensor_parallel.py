@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed here: make vllm")
-from asking import random_prompt
 from bases import reference_logits
+from vllm_asking import random_prompt
 
 from lorasb_runtime.adapters.names import parse_name
 from lorasb_runtime.adapters.store import AdapterStore
@@ -20,17 +20,17 @@ from lorasb_runtime.storage.basis_file import Basis
 
 @pytest.fixture(scope="module")
 def llm(
-    vllm_model: Path, basis_file: Path, adapters: list[Adapter], tmp_path_factory: Any
+    vllm_model: Path, vllm_basis_file: Path, vllm_adapters: list[Adapter], tmp_path_factory: Any
 ) -> Iterator[Any]:
     from vllm import LLM
 
     from lorasb_runtime.engines.vllm.plugin import register
 
     store = AdapterStore(str(tmp_path_factory.mktemp("store")))
-    for adapter in adapters[:4]:
+    for adapter in vllm_adapters[:4]:
         store.publish(parse_name(adapter.name), serialize_adapter(adapter))
     environment = {
-        "LORASB_BASIS": str(basis_file),
+        "LORASB_BASIS": str(vllm_basis_file),
         "LORASB_ADAPTERS": store.url,
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # by default each rank wants a NUMA node of its own
     }
@@ -59,7 +59,7 @@ def started(make: Any, model: Path) -> Iterator[Any]:
 
 
 def test_two_ranks_give_the_merged_models_tokens(
-    llm: Any, vllm_model: Path, vllm_basis: Basis, adapters: list[Adapter]
+    llm: Any, vllm_model: Path, vllm_basis: Basis, vllm_adapters: list[Adapter]
 ) -> None:
     from vllm import SamplingParams
 
@@ -72,12 +72,12 @@ def test_two_ranks_give_the_merged_models_tokens(
     outputs = llm.generate(
         [{"prompt_token_ids": prompt} for prompt in prompts],
         SamplingParams(temperature=0, max_tokens=12, ignore_eos=True),
-        lora_request=[None if o is None else names.request(adapters[o].name) for o in owners],
+        lora_request=[None if o is None else names.request(vllm_adapters[o].name) for o in owners],
         use_tqdm=False,
     )
     for owner, prompt, output in zip(owners, prompts, outputs, strict=True):
         tokens = list(output.outputs[0].token_ids)
-        adapter = None if owner is None else adapters[owner]
+        adapter = None if owner is None else vllm_adapters[owner]
         logits = reference_logits(vllm_model, vllm_basis, adapter, [*prompt, *tokens])
         assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == tokens
     with pytest.raises(NotFoundError, match="nobody"):

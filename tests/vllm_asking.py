@@ -7,7 +7,7 @@ from itertools import count
 from typing import Any
 
 from bases import reference_logits
-from native import Native, loaded
+from vllm_native import Native, loaded
 
 from lorasb_runtime.engines.base import Chunk, GenerationRequest, SamplingParams
 from lorasb_runtime.storage.adapter_file import Adapter

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 pytest.importorskip("vllm", reason="vLLM is not installed here: make vllm")
-from asking import (
+from bases import random_adapter, reference_logits
+from vllm_asking import (
     GREEDY,
     all_of,
     alone,
@@ -21,18 +22,19 @@ from asking import (
     text_of,
     tokens_of,
 )
-from bases import random_adapter, reference_logits
-from native import SLOTS, Native
+from vllm_native import SLOTS, Native
 
 from lorasb_runtime.engines.base import Chunk, Grammar, SamplingParams
 from lorasb_runtime.errors import InputError, OverloadedError
 from lorasb_runtime.storage.adapter_file import Adapter
 
 
-def test_all_32_adapters_and_the_base_in_one_batch(native: Native, adapters: list[Adapter]) -> None:
+def test_all_32_adapters_and_the_base_in_one_batch(
+    native: Native, vllm_adapters: list[Adapter]
+) -> None:
     """Prompts are prefilled in chunks while others decode; the base's rows are among them."""
     rng = random.Random(3)
-    owners: list[Adapter | None] = [*adapters[:32], None, None, None, None]
+    owners: list[Adapter | None] = [*vllm_adapters[:32], None, None, None, None]
     rng.shuffle(owners)
     prompts = [random_prompt(rng) for _ in owners]
     asked = [request(p, o) for p, o in zip(prompts, owners, strict=True)]
@@ -41,9 +43,9 @@ def test_all_32_adapters_and_the_base_in_one_batch(native: Native, adapters: lis
         check_greedy(native, owner, prompt, tokens_of(chunks[0]))
 
 
-def test_more_adapters_than_slots_take_turns(native: Native, adapters: list[Adapter]) -> None:
+def test_more_adapters_than_slots_take_turns(native: Native, vllm_adapters: list[Adapter]) -> None:
     rng = random.Random(4)
-    owners = [adapters[i] for i in (32, 33, 34, 35, 36, 37, 38, 39, 0, 1)]
+    owners = [vllm_adapters[i] for i in (32, 33, 34, 35, 36, 37, 38, 39, 0, 1)]
     prompts = [random_prompt(rng, 20) for _ in owners]
     asked = [request(p, o) for p, o in zip(prompts, owners, strict=True)]
     for owner, prompt, chunks in zip(
@@ -82,28 +84,33 @@ def test_a_running_request_keeps_its_version_and_the_next_has_the_new_one(native
 
 
 def test_prompts_are_shared_under_one_version_and_one_tenant_alone(
-    native: Native, adapters: list[Adapter]
+    native: Native, vllm_adapters: list[Adapter]
 ) -> None:
     prompt = [3 + i % 250 for i in range(150)]
-    other = random_adapter(native.basis, 103, name=adapters[0].name)
+    alice = vllm_adapters[0]
+    other = random_adapter(native.basis, 103, name=alice.name)
 
     def cached(adapter: Adapter | None, tenant: str = "") -> int:
         chunks = alone(native, prompt, adapter, tenant=tenant)
         check_greedy(native, adapter, prompt, tokens_of(chunks))
         return chunks[0].cached_tokens
 
-    assert [cached(adapters[0]), cached(adapters[0])] == [0, 128]
-    assert [cached(other), cached(None), cached(adapters[0], "acme")] == [0, 0, 0]
-    assert [cached(adapters[0], "acme"), cached(None), cached(adapters[0])] == [128, 128, 128]
+    assert [cached(vllm_adapters[0]), cached(vllm_adapters[0])] == [0, 128]
+    assert [cached(other), cached(None), cached(vllm_adapters[0], "acme")] == [0, 0, 0]
+    assert [cached(vllm_adapters[0], "acme"), cached(None), cached(vllm_adapters[0])] == [
+        128,
+        128,
+        128,
+    ]
 
 
-def test_logprobs_are_those_of_the_model(native: Native, adapters: list[Adapter]) -> None:
+def test_logprobs_are_those_of_the_model(native: Native, vllm_adapters: list[Adapter]) -> None:
     params = replace(GREEDY, max_tokens=4, logprobs=3, prompt_logprobs=2)
     prompt = [9, 10, 11, 12]
-    chunks = alone(native, prompt, adapters[1], params)
+    chunks = alone(native, prompt, vllm_adapters[1], params)
     tokens = tokens_of(chunks)
     whole = [*prompt, *tokens]
-    rows = reference_logits(native.model, native.basis, adapters[1], whole).log_softmax(-1)
+    rows = reference_logits(native.model, native.basis, vllm_adapters[1], whole).log_softmax(-1)
     entries = [entry for chunk in chunks for entry in chunk.logprobs]
     assert [e.token for e in entries] == tokens
     noted = [*chunks[0].prompt_logprobs, *entries]
@@ -190,10 +197,10 @@ def test_a_prompt_over_the_context_is_refused(native: Native) -> None:
         alone(native, [5] * 400)
 
 
-def test_leaving_early_ends_the_request(native: Native, adapters: list[Adapter]) -> None:
+def test_leaving_early_ends_the_request(native: Native, vllm_adapters: list[Adapter]) -> None:
     async def leave() -> None:
         stream = native.engine.generate(
-            request([5, 6], adapters[2], replace(GREEDY, max_tokens=390))
+            request([5, 6], vllm_adapters[2], replace(GREEDY, max_tokens=390))
         )
         await anext(stream)
         await stream.aclose()  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""The vLLM engine's parts that need no vLLM: sharding, placement, the batch's rows, the plugin."""
+"""The vLLM engine's parts that need no vLLM: sharding, placement, the batch's rows, flags."""
 
 import os
 import random

@@ -9,10 +9,10 @@ import httpx
 import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed here: make vllm")
-from asking import GREEDY, alone, text_of
 from bases import random_adapter
 from fastapi import FastAPI
-from native import Native
+from vllm_asking import GREEDY, alone, text_of
+from vllm_native import Native
 
 from lorasb_runtime.adapters.loader import AdapterLoader
 from lorasb_runtime.adapters.loader_config import LoaderConfig

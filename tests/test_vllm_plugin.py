@@ -11,7 +11,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="vLLM is not installed here: make vllm")
 from bases import random_adapter
-from native import loaded
+from vllm_native import loaded
 
 from lorasb_runtime.config import EngineConfig
 from lorasb_runtime.engines.vllm import patches
@@ -46,23 +46,25 @@ def test_a_failing_plugin_ends_vllm_instead_of_being_logged(tmp_path: Path) -> N
     assert "LORASB_BASIS: found no file" in result.stderr
 
 
-def test_binding_twice_is_binding_once(basis_file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_binding_twice_is_binding_once(
+    vllm_basis_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from lorasb_runtime.engines.vllm.manager import SharedBasisManager
 
-    monkeypatch.setenv("LORASB_BASIS", str(basis_file))
+    monkeypatch.setenv("LORASB_BASIS", str(vllm_basis_file))
     register()
     register()
     assert patches.find(f"{patches.WORKER.module}:{patches.WORKER.name}") is SharedBasisManager
 
 
 def test_our_engine_does_not_start_where_the_plugin_is_left_out(
-    vllm_model: Path, basis_file: Path, monkeypatch: pytest.MonkeyPatch
+    vllm_model: Path, vllm_basis_file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from lorasb_runtime.engines.vllm.build import load_engine
 
     monkeypatch.setenv("VLLM_PLUGINS", "others")
     with pytest.raises(EngineError, match="expected 'lorasb' among them"):
-        load_engine(vllm_model, basis_file, EngineConfig())
+        load_engine(vllm_model, vllm_basis_file, EngineConfig())
 
 
 @pytest.mark.parametrize(
