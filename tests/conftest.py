@@ -9,8 +9,12 @@ import pytest
 from fake_engine import FakeEngine
 from pico import make_pico_gpt2, make_pico_llama
 from sites import Site, opened
+from vllm_native import native, vllm_adapters, vllm_basis, vllm_basis_file, vllm_model
 
 from lorasb_tools import cli
+
+# Fixtures of other files, for pytest to find here.
+__all__ = ["native", "vllm_adapters", "vllm_basis", "vllm_basis_file", "vllm_model"]
 
 Run = Callable[..., tuple[int, str, str]]
 

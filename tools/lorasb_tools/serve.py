@@ -11,15 +11,17 @@ import typer
 from lorasb_runtime.config import CacheConfig, EngineConfig, SchedulerConfig
 from lorasb_runtime.errors import InputError, NotFoundError
 from lorasb_tools.report import note
+from lorasb_tools.serve_vllm import check_vllm_flags, vllm_engine
 
 if TYPE_CHECKING:
     from lorasb_runtime.adapters.loader import AdapterLoader
     from lorasb_runtime.adapters.loader_config import LoaderConfig
     from lorasb_runtime.adapters.names import AdapterName
+    from lorasb_runtime.engines.base import Engine
     from lorasb_runtime.engines.torch.engine import TorchEngine
 
 MEMORY_STORE = "memory://lorasb"
-ENGINES = ("torch",)
+ENGINES = ("torch", "vllm")
 
 
 def serve(
@@ -74,6 +76,9 @@ def serve(
         0.5, min=0.0, help="Memory that keeps past prompts' KV for later ones; 0: none."
     ),
     device: str = typer.Option("cpu", help="torch device; others than cpu are untested."),
+    vllm_arg: list[str] = typer.Option(
+        [], help="For --engine vllm: an engine argument of vLLM's, name=value; may be given often."
+    ),
 ) -> None:
     """Serve MODEL with a different adapter for each request, over OpenAI's HTTP API."""
     from lorasb_runtime.adapters.loader_config import LoaderConfig
@@ -85,6 +90,7 @@ def serve(
 
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s")
     _check_flags(engine, basis, adapters or pack, merged)
+    check_vllm_flags(engine, merged, vllm_arg)
     _check_openness(host, allow_open, api_keys)
     if disk_cache_gib is not None and disk_cache is None:
         raise InputError("--disk-cache-gib needs --disk-cache, the folder whose size it limits")
@@ -114,7 +120,10 @@ def serve(
     loader = _open_loader(folder, basis, adapters, pack, loading)
     name = served_model_name or model_name(model)
     aliases: tuple[str, ...] = () if served_model_name else (model,)
-    if merged is not None:
+    built: Engine
+    if engine == "vllm":
+        built = vllm_engine(folder, basis, config, vllm_arg)
+    elif merged is not None:
         assert loader is not None
         built = _merged_engine(folder, loader, merged, config)
         name, aliases, loader = merged, (), None
