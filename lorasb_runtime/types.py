@@ -1,6 +1,10 @@
 """Plain descriptions that every level shares. No torch, no I/O."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+
+# Told of progress: the phase, units done, units in all, and a short note.
+Report = Callable[[str, int, int, str], None]
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from bases import random_adapter, random_basis, reference_logits
+from bases import basis_for, random_adapter, random_basis, reference_logits
 from huggingface_hub import ModelCard
 from merging import exact_delta, merge, tensors_of
 from pico import make_pico_llama
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from lorasb_runtime.errors import BasisMismatchError
+from lorasb_runtime.errors import BasisMismatchError, InputError
 from lorasb_runtime.merging import fold
 from lorasb_runtime.merging.delta import core_deltas
 from lorasb_runtime.merging.fold import Rounding, fold_target
@@ -28,6 +28,7 @@ from lorasb_runtime.storage import tensor_file
 from lorasb_runtime.storage.adapter_file import Adapter
 from lorasb_runtime.storage.basis_file import Basis
 from lorasb_runtime.storage.checkpoint import INDEX, SINGLE, fingerprint, open_checkpoint
+from lorasb_runtime.types import TargetModule
 
 TOKENS = [5, 90, 17, 200, 33, 41, 7, 64]
 
@@ -293,9 +294,30 @@ def test_stochastic_rounding_keeps_a_small_delta_and_depends_on_its_seed_alone(
     with safe_open(tmp_path / "a" / SINGLE, "pt") as file:
         changes = json.loads(file.metadata()["lorasb.changes"])
     assert changes == {"rounding": "stochastic", "seed": 1}
-    wide = Rounding(stochastic=True)
-    report = merge(pico_bf16, basis, tmp_path / "e", adapter, rounding=wide, dtype=torch.float32)
-    assert report.total.relative_error < 1e-3
+    with pytest.raises(InputError, match="rounding: found stochastic for weights written in 32"):
+        wide = {"rounding": Rounding(stochastic=True), "dtype": torch.float32}
+        merge(pico_bf16, basis, tmp_path / "e", adapter, **wide)
+
+
+def test_of_large_weights_a_sample_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = TargetModule("x", 4, 64, 4096)
+    basis = basis_for([target])
+    delta = core_deltas(basis, random_adapter(basis, 0, 0.3).cores)(0, torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    weight = (0.02 * torch.randn(4096, 64, generator=generator)).bfloat16()
+    monkeypatch.setattr(fold, "BLOCK_ELEMENTS", 64 * 64)
+    monkeypatch.setattr(fold, "MEASURED_WHOLE", 1 << 16)
+    out = {}
+    for every in (False, True):
+        out[every] = fold_target(
+            weight, delta, weight.dtype, lambda *_: None, target, measure_all=every
+        )
+    sample, whole = out[False], out[True]
+    assert (whole.entries, whole.measured) == (weight.numel(), weight.numel())
+    assert (sample.entries, sample.measured) == (weight.numel(), weight.numel() // 4)
+    assert sample.ratio == pytest.approx(whole.ratio, rel=0.02)
+    assert sample.kept == pytest.approx(whole.kept, abs=0.02)
+    assert sample.relative_error == pytest.approx(whole.relative_error, rel=0.02)
 
 
 def test_float64_weights_are_merged_in_float64(pico: Path, tmp_path: Path) -> None:

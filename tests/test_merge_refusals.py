@@ -71,7 +71,7 @@ def test_it_merges_and_reports(lorasb: Run, work: Path) -> None:
     assert status == 0
     assert result["kept"] == pytest.approx(1.0, abs=1e-6)
     assert result["delta_ratio"] > 0.01
-    assert result["modules"][Q0].keys() == {"delta_ratio", "kept", "relative_error"}
+    assert result["modules"][Q0].keys() == {"delta_ratio", "kept", "relative_error", "measured"}
     header = safetensors.safe_open(work / "out" / SINGLE, "pt").metadata()
     adapters = json.loads(header["lorasb.adapters"])
     assert {(a["name"], a["weight"]) for a in adapters} == {("a", 1.0), ("b", -0.5)}
@@ -96,6 +96,28 @@ def test_it_says_when_rounding_eats_the_delta(lorasb: Run, work: Path) -> None:
     assert (status, "warning" in err) == (0, False)
 
 
+def test_subtracting_turns_every_sign_round(lorasb: Run, work: Path) -> None:
+    words = (work / "a", f"{work / 'b'}=-0.5")
+    assert lorasb(*arguments(work, *words))[0] == 0
+    plus, base = weights(work / "out"), weights(work / "model")
+    assert lorasb(*arguments(work, *words, "--subtract", "--force"))[0] == 0
+    minus = weights(work / "out")
+    header = safetensors.safe_open(work / "out" / SINGLE, "pt").metadata()
+    adapters = json.loads(header["lorasb.adapters"])
+    assert {(a["name"], a["weight"]) for a in adapters} == {("a", -1.0), ("b", 0.5)}
+    for name, tensor in base.items():
+        assert torch.allclose(plus[name] + minus[name], 2 * tensor, atol=1e-6)
+    assert not torch.allclose(minus[f"{Q0}.weight"], base[f"{Q0}.weight"], atol=1e-3)
+
+
+def test_a_gguf_file_is_refused_with_the_way_out(lorasb: Run, work: Path) -> None:
+    (work / "x.gguf").write_bytes(b"GGUF")
+    words = (work / "a", "--basis", work / "basis", "-o", work / "out")
+    status, _, err = lorasb(work / "x.gguf", *words)
+    assert status == 2
+    assert "found a GGUF file, expected a folder of safetensors; unpack it first" in err
+
+
 def test_an_equals_sign_may_be_part_of_a_file_name(lorasb: Run, work: Path) -> None:
     shutil.copy(work / "a", work / "x=2")
     for text in ("x=2", "x=2=1"):
@@ -117,6 +139,12 @@ def test_an_equals_sign_may_be_part_of_a_file_name(lorasb: Run, work: Path) -> N
         (["a", "--method", "median"], "method: found 'median', expected one of linear"),
         (["a", "--dtype", "int8"], "dtype: found 'int8', expected one of bfloat16"),
         (["a", "--dtype", ""], "dtype: found '', expected one of"),
+        (["a", "--rounding", "odd"], "rounding: found 'odd', expected nearest or stochastic"),
+        (["a", "--seed", "1"], "--seed needs --rounding stochastic"),
+        (["a", "--rounding", "stochastic"], "rounding: found stochastic for weights written in 32"),
+        (["a", "--untie"], "--untie: found no target on a tied output embedding"),
+        (["a", "--dequantize"], "found plain weights, expected quantized ones to unpack"),
+        (["a", "--workers", "0"], "Invalid value for '--workers'"),
         (["a", "-o", "model"], "model: found the model's own folder"),
         (["a", "-o", "model", "--force"], "model: found the model's own folder"),
         (["a", "-o", "model/inside"], "inside: found the model's own folder"),

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from lorasb_runtime.errors import InputError
 from lorasb_runtime.merging import folder_files
 from lorasb_runtime.merging.delta import DeltaOf
 from lorasb_runtime.merging.fold import NEAREST, Rounding, fold_target
@@ -17,10 +18,11 @@ from lorasb_runtime.merging.source import check_shards, target_weights
 from lorasb_runtime.merging.survival import Survival
 from lorasb_runtime.merging.undo import most_undo_bytes, write_undo
 from lorasb_runtime.merging.view import ModelView, ViewReader, view_model
-from lorasb_runtime.merging.writing import NewModel, Report, write_model
+from lorasb_runtime.merging.writing import NewModel, write_model
 from lorasb_runtime.storage.basis_file import Basis
 from lorasb_runtime.storage.checkpoint import Checkpoint, open_checkpoint
 from lorasb_runtime.storage.match import check_fingerprint, check_shapes
+from lorasb_runtime.types import Report
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,8 @@ class MergeConfig:
     dtype: of every floating-point tensor; None keeps each tensor's own. rounding: of the merged
     weights; all others are rounded to the nearest. dequantize: unpack a quantized model. untie:
     give a tied output embedding a tensor of its own. reversible: also write what restores every
-    byte of the source. workers: threads; None chooses.
+    byte of the source. measure_all: measure every entry, not a sample of large weights. workers:
+    threads; None chooses.
     """
 
     dtype: torch.dtype | None = None
@@ -38,6 +41,7 @@ class MergeConfig:
     dequantize: bool = False
     untie: bool = False
     reversible: bool = False
+    measure_all: bool = False
     workers: int | None = None
 
 
@@ -74,7 +78,7 @@ def merge_checkpoint(
     config: MergeConfig = AS_IS,
     force: bool = False,
     report: Report = lambda *_: None,
-    check: Callable[[Path], None] | None = None,
+    check: Callable[[Path, Report], None] | None = None,
 ) -> MergeReport:
     """Write `source` with the targets' deltas added to the folder `output`, whole or not at all.
 
@@ -90,22 +94,28 @@ def merge_checkpoint(
     check_shards(source)
     view = prepare(source, basis, config)
     plans = plan_shards(view, target_weights(view, basis), output_dtypes(view, config.dtype))
-    fold = partial(fold_target, rounding=config.rounding)
+    fold = partial(fold_target, rounding=config.rounding, measure_all=config.measure_all)
     merge = ShardMerge(ViewReader(view), basis, deltas, fold, config.workers)
     new_config = folder_files.new_config(view.checkpoint.config, config.dtype)
+    narrow = _narrow(basis, plans)
+    if config.rounding.stochastic and not narrow:
+        raise InputError(
+            "rounding: found stochastic for weights written in 32 bits or more, expected 16 bits"
+        )
     record = MergeRecord.of(source, provenance, _changes(view, config), new_config)
     made = MergeReport({})
 
     def finish(folder: Path) -> None:
         nonlocal made
-        made = _report_of(merge.modules, basis, plans)
+        modules = {target.module: merge.modules[target.module] for target in basis.targets}
+        made = MergeReport(modules, narrow)
         write_report(folder, record, made.modules)
         write_card(folder, record, made.total)
         folder_files.write_config(source, new_config, folder)
         if config.reversible:
-            write_undo(source, open_checkpoint(folder), folder / folder_files.UNDO)
+            write_undo(source, open_checkpoint(folder), folder / folder_files.UNDO, report)
         if check is not None:
-            check(folder)
+            check(folder, report)
 
     def metadata(plan: ShardPlan) -> dict[str, str]:
         return record.metadata(source, plan)
@@ -124,17 +134,10 @@ def prepare(source: Checkpoint, basis: Basis, config: MergeConfig) -> ModelView:
     return view
 
 
-def _report_of(
-    modules: Mapping[str, Survival], basis: Basis, plans: list[ShardPlan]
-) -> MergeReport:
-    names = [target.module for target in basis.targets]
-    narrow = {
-        names[piece.target]
-        for plan in plans
-        for piece in plan.pieces
-        if piece.target is not None and piece.dtype in ("BF16", "F16")
-    }
-    return MergeReport({name: modules[name] for name in names}, frozenset(narrow))
+def _narrow(basis: Basis, plans: list[ShardPlan]) -> frozenset[str]:
+    """The modules whose weights are written in 16 bits."""
+    pieces = [piece for plan in plans for piece in plan.pieces if piece.dtype in ("BF16", "F16")]
+    return frozenset(basis.targets[p.target].module for p in pieces if p.target is not None)
 
 
 def _changes(view: ModelView, config: MergeConfig) -> dict[str, object]:

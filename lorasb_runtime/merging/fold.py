@@ -1,7 +1,6 @@
 """Folding: W0 + delta into one weight, block by block, and the measure of what rounding left."""
 
 import hashlib
-import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +18,9 @@ from lorasb_runtime.types import TargetModule
 # A weight is folded by rows, about so many entries at a time: few enough for the processor's cache,
 # many enough that starting an operation costs little. Stochastic rounding draws by block, too.
 BLOCK_ELEMENTS = 1 << 17
+# Of a larger weight every fourth block is measured, as measuring costs more than folding.
+MEASURED_WHOLE = 1 << 20
+MEASURE_EVERY = 4
 
 # Takes some rows of the result and where they belong.
 Put = Callable[[slice, torch.Tensor], None]
@@ -87,34 +89,45 @@ def fold_target(
     put: Put,
     target: TargetModule,
     rounding: Rounding = NEAREST,
+    measure_all: bool = False,
 ) -> Survival:
     """Hand W0 + delta, added in `adding_dtype` and rounded once to `dtype`, to `put` by rows.
 
     weight: [out, in], or [in, out] where the target is transposed, and so is the result; delta: in
-    the dtype of the addition. Raises InputError, which names the target, when a value leaves the
-    range of `dtype`.
+    the dtype of the addition. What became of the delta is measured, in blocks spread over the
+    weight; in all of it up to MEASURED_WHOLE entries, or on request. Raises InputError, which names
+    the target, when a value leaves the range of `dtype`.
     """
     survival = Survival()
     adding = adding_dtype(weight.dtype, dtype)
     round_ = rounding.round(target.module)
+    entries = weight.shape[0] * weight.shape[1]
+    every = 1 if measure_all or entries <= MEASURED_WHOLE else MEASURE_EVERY
     buffers = torch.empty(3, 0, 0, dtype=adding)
-    for part in row_blocks(weight.shape):
+    for number, part in enumerate(row_blocks(weight.shape)):
         rows = weight[part]
         if buffers.shape[1:] != rows.shape:  # the last block has fewer rows
             buffers = torch.empty(3, *rows.shape, dtype=adding, device=rows.device)
         before, total, stored = buffers
         before.copy_(rows)
         wanted = rows_of(delta, part, target.transposed)
-        folded = round_(torch.add(before, wanted, out=total), dtype)
-        found = measure(before, wanted, stored.copy_(folded))
-        if not math.isfinite(found.error):
-            raise InputError(
-                f"{target.module}: found Inf or NaN in the merged weight, expected numbers that "
-                f"fit {str(dtype).removeprefix('torch.')}"
-            )
-        survival += found
+        torch.add(before, wanted, out=total)
+        _check_range(total, dtype, target)
+        folded = round_(total, dtype)
+        if number % every == 0:
+            survival += measure(before, wanted, stored.copy_(folded))
         put(part, folded)
-    return survival
+    return survival.stand_for(entries)
+
+
+def _check_range(total: torch.Tensor, dtype: torch.dtype, target: TargetModule) -> None:
+    low, high = (bound.item() for bound in torch.aminmax(total))
+    limit = torch.finfo(dtype).max
+    if not (-limit <= low and high <= limit):
+        raise InputError(
+            f"{target.module}: found Inf or NaN in the merged weight, expected numbers that "
+            f"fit {str(dtype).removeprefix('torch.')}"
+        )
 
 
 def rows_of(delta: Delta, part: slice, transposed: bool) -> torch.Tensor:

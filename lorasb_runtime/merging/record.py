@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from huggingface_hub import ModelCardData, metadata_load
 
 from lorasb_runtime.merging import folder_files
 from lorasb_runtime.merging.plan import ShardPlan
@@ -113,11 +112,12 @@ def source_dtypes(merged: Checkpoint) -> dict[str, str]:
 
 
 def figures(survival: Survival) -> dict[str, float]:
-    """A delta's fate as the reports give it."""
+    """A delta's fate as the reports give it; measured: the share of entries that were looked at."""
     return {
         "delta_ratio": survival.ratio,
         "kept": survival.kept,
         "relative_error": survival.relative_error,
+        "measured": survival.measured / survival.entries if survival.entries else 1.0,
     }
 
 
@@ -140,13 +140,14 @@ def write_card(folder: Path, record: MergeRecord, total: Survival) -> None:
     """
     said = record.as_json()
     base = said.get("base_model") or {}
-    data = ModelCardData(
-        base_model=base.get("name"),
-        base_model_relation="finetune",
-        library_name="transformers",
-        tags=["lorasb", "merge"],
+    data = {
+        "base_model": base.get("name"),
+        "base_model_relation": "finetune",
+        "library_name": "transformers",
+        "tags": ["lorasb", "merge"],
         **_inherited(folder / folder_files.BASE_CARD),
-    )
+    }
+    header = yaml.safe_dump({k: v for k, v in data.items() if v is not None}, sort_keys=False)
     lines = [
         f"# {base.get('name', 'A model')}, merged",
         "",
@@ -161,7 +162,7 @@ def write_card(folder: Path, record: MergeRecord, total: Survival) -> None:
     ]
     if (folder / folder_files.BASE_CARD).is_file():
         lines += ["", f"The base model's own card is `{folder_files.BASE_CARD}`."]
-    text = f"---\n{data.to_yaml()}\n---\n\n" + "\n".join(lines) + "\n"
+    text = f"---\n{header}---\n\n" + "\n".join(lines) + "\n"
     (folder / folder_files.CARD).write_text(text, encoding="utf-8")
 
 
@@ -181,9 +182,12 @@ def _table(said: Mapping[str, Any]) -> list[str]:
 
 
 def _inherited(card: Path) -> dict[str, Any]:
-    """From the base model's card, where it has one that can be read."""
+    """From the base model's card, where it has one whose header can be read."""
     try:
-        found = metadata_load(card) if card.is_file() else None
-    except (ValueError, yaml.YAMLError):
+        text = card.read_text(encoding="utf-8-sig")
+        found = yaml.safe_load(text.split("---\n")[1]) if text.startswith("---\n") else None
+    except (FileNotFoundError, ValueError, IndexError, yaml.YAMLError):
         found = None
-    return {key: found[key] for key in INHERITED if key in found} if found else {}
+    if not isinstance(found, dict):
+        return {}
+    return {key: found[key] for key in INHERITED if key in found}

@@ -1,6 +1,5 @@
 """Makes the pieces of merged shards, several at once; a worker holds blocks, never a tensor."""
 
-import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -43,7 +42,7 @@ class ShardMerge(Generic[Found]):
         self._basis = basis
         self._deltas = deltas
         self._fold = fold
-        self._workers = workers or min(MOST_WORKERS, os.cpu_count() or 1)
+        self._workers = workers or min(MOST_WORKERS, torch.get_num_threads())
 
     def write(
         self,

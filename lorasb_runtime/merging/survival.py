@@ -8,15 +8,18 @@ import torch
 
 @dataclass(frozen=True)
 class Survival:
-    """What became of a delta in the stored weights; sums over entries.
+    """What became of a delta in the stored weights: sums over entries.
 
-    stored = W_out - W0, the change that really lies in the output.
+    stored = W_out - W0, the change that really lies in the output. Where not all entries were
+    measured, the sums are those of the measured ones times entries / measured.
     """
 
     weight: float = 0.0  # |W0|^2
     delta: float = 0.0  # |delta|^2
     overlap: float = 0.0  # <stored, delta>
     error: float = 0.0  # |stored - delta|^2
+    entries: int = 0
+    measured: int = 0
 
     def __add__(self, other: "Survival") -> "Survival":
         return Survival(
@@ -24,6 +27,20 @@ class Survival:
             self.delta + other.delta,
             self.overlap + other.overlap,
             self.error + other.error,
+            self.entries + other.entries,
+            self.measured + other.measured,
+        )
+
+    def stand_for(self, entries: int) -> "Survival":
+        """The sums as they would be of so many entries, of which these are a sample."""
+        factor = entries / self.measured if self.measured else 1.0
+        return Survival(
+            factor * self.weight,
+            factor * self.delta,
+            factor * self.overlap,
+            factor * self.error,
+            entries,
+            self.measured,
         )
 
     @property
@@ -54,7 +71,7 @@ def measure(before: torch.Tensor, wanted: torch.Tensor, stored: torch.Tensor) ->
     if before.dtype == torch.float32 and not (math.isfinite(sum(found)) and found[1]):
         stored.add_(wanted)
         found = _sums(before.double(), wanted.double(), stored.double())
-    return Survival(*found)
+    return Survival(*found, before.numel(), before.numel())
 
 
 def _sums(

@@ -25,6 +25,7 @@ from lorasb_runtime.storage import tensor_file
 from lorasb_runtime.storage.checkpoint import INDEX, Checkpoint, TensorEntry
 from lorasb_runtime.storage.mapped_shard import MappedShard
 from lorasb_runtime.storage.shard_writer import DTYPES, tensor_bytes
+from lorasb_runtime.types import Report
 
 FORMAT = "lorasb-undo"
 FORMAT_VERSION = "1"
@@ -77,8 +78,9 @@ def most_undo_bytes(source: Checkpoint, plans: Sequence[ShardPlan]) -> int:
     return tensors + tensors // 1000 + headers + (1 << 20)
 
 
-def write_undo(source: Checkpoint, merged: Checkpoint, path: Path) -> None:
+def write_undo(source: Checkpoint, merged: Checkpoint, path: Path, report: Report) -> None:
     """Write the undo file of `merged`, which was made from `source`."""
+    total, done = sum(entry.nbytes for entry in source.tensors.values()), 0
     before, after = Tensors(source), Tensors(merged)
     digests = {shard: _digest(source.folder / shard) for shard in source.shards}
     about = {"format": FORMAT, "format_version": FORMAT_VERSION, "shards": digests}
@@ -92,13 +94,17 @@ def write_undo(source: Checkpoint, merged: Checkpoint, path: Path) -> None:
             with (source.folder / shard).open("rb") as file:
                 archive.writestr(f"headers/{shard}", file.read(start))
         for name, entry in source.tensors.items():
-            pairs = zip(before.blocks(entry), after.predictions(name, entry), strict=True)
-            if any(not np.array_equal(old, new) for old, new in pairs):
+            if _differs(before.blocks(entry), after.predictions(name, entry)):
                 with archive.open(f"tensors/{name}", "w", force_zip64=True) as out:
-                    for old, new in zip(
-                        before.blocks(entry), after.predictions(name, entry), strict=True
-                    ):
+                    pairs = zip(before.blocks(entry), after.predictions(name, entry), strict=True)
+                    for old, new in pairs:
                         out.write(_pack(old - new))
+            done += entry.nbytes
+            report("undo file", done, total, name)
+
+
+def _differs(before: Iterator[Bits], after: Iterator[Bits]) -> bool:
+    return any(not np.array_equal(old, new) for old, new in zip(before, after, strict=True))
 
 
 class UndoFile:

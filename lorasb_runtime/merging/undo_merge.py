@@ -9,9 +9,9 @@ from typing import Any
 from lorasb_runtime.errors import FileFormatError
 from lorasb_runtime.merging import folder_files
 from lorasb_runtime.merging.undo import SMALL_FILES, Tensors, UndoFile
-from lorasb_runtime.merging.writing import Report
 from lorasb_runtime.storage import atomic
 from lorasb_runtime.storage.checkpoint import Checkpoint, TensorEntry
+from lorasb_runtime.types import Report
 
 
 def undo_merge(

@@ -16,12 +16,13 @@ from lorasb_runtime.merging.shard_merge import ShardMerge
 from lorasb_runtime.merging.source import check_shards, target_weights
 from lorasb_runtime.merging.view import ModelView, ViewReader
 from lorasb_runtime.merging.weighted import WeightedAdapter
-from lorasb_runtime.merging.writing import NewModel, Report, write_model
+from lorasb_runtime.merging.writing import NewModel, write_model
 from lorasb_runtime.storage.adapter_file import Adapter
 from lorasb_runtime.storage.basis_file import Basis
 from lorasb_runtime.storage.checkpoint import Checkpoint, fingerprint, open_checkpoint
 from lorasb_runtime.storage.match import check_shapes
 from lorasb_runtime.storage.shard_writer import DTYPES
+from lorasb_runtime.types import Report
 
 
 @dataclass(frozen=True)

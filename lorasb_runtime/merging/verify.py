@@ -1,6 +1,7 @@
 """Whether a merged model, read back from its folder, says what the base model plus deltas says."""
 
 import gc
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from lorasb_runtime.storage.basis_file import Basis
 from lorasb_runtime.storage.checkpoint import Checkpoint
 from lorasb_runtime.storage.shard_writer import DTYPES
 from lorasb_runtime.storage.tensor_file import Tensors
+from lorasb_runtime.types import Report
 
 NEW_TOKENS = 16  # said greedily by the merged model after each prompt
 # The same weights rounded on the side miss by so much; a merged model may miss by MARGIN times
@@ -73,8 +75,15 @@ class Verifier:
         self._deltas = deltas
         self._config = config
 
-    def __call__(self, merged: Path) -> None:
+    def __call__(self, merged: Path, report: Report = lambda *_: None) -> None:
         """Raises VerificationError where more lies between them than rounding explains."""
+        size = sum(entry.nbytes for entry in self._source.tensors.values())
+        steps = itertools.count()
+
+        def tell(what: str) -> None:
+            report("verify", next(steps) * size, 4 * size, what)
+
+        tell("the merged model")
         model = load_causal_lm(merged, torch.float32)
         texts = [_continue(model, prompt) for prompt in self._prompts]
         found = _logits(model, texts)
@@ -83,9 +92,9 @@ class Verifier:
 
         def other(*, adapted: bool, rounded: bool) -> list[torch.Tensor]:
             gc.collect()
-            return _logits(
-                load_state(kind, config, self._state(adapted=adapted, rounded=rounded)), texts
-            )
+            tell("the base model" + adapted * ", adapted" + rounded * " and rounded")
+            state = self._state(adapted=adapted, rounded=rounded)
+            return _logits(load_state(kind, config, state), texts)
 
         reference = other(adapted=True, rounded=False)
         result = self.result = Verification(
@@ -96,6 +105,7 @@ class Verifier:
             agreeing=sum(_agreeing(f, r) for f, r in zip(found, reference, strict=True)),
             tokens=NEW_TOKENS * len(texts),
         )
+        tell("")
         if not result.difference <= result.allowed:
             raise VerificationError(
                 f"verify: found logits {result.difference:.3g} away from the base model's plus "

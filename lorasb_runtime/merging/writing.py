@@ -9,8 +9,7 @@ from lorasb_runtime.merging.plan import Piece, ShardPlan
 from lorasb_runtime.merging.shard_merge import Found, ShardMerge
 from lorasb_runtime.storage import atomic
 from lorasb_runtime.storage.checkpoint import Checkpoint
-
-Report = Callable[[str, int, int, str], None]  # phase, bytes done, bytes in all, note
+from lorasb_runtime.types import Report
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,7 @@
 
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-
-from lorasb_runtime.errors import NotFoundError
+from lorasb_runtime.errors import InputError, NotFoundError
 from lorasb_runtime.storage.checkpoint import Checkpoint, fingerprint, open_checkpoint
 from lorasb_runtime.types import BaseModelId
 
@@ -16,12 +13,22 @@ PATTERNS = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*
 def locate_model(model: str, revision: str | None = None) -> Path:
     """The folder of MODEL; an id of the Hugging Face hub is downloaded into its cache.
 
-    Raises NotFoundError when it is neither a folder nor an id that the hub gives out.
+    Raises NotFoundError when it is neither a folder nor an id that the hub gives out, and
+    InputError for a GGUF file.
     """
     if Path(model).is_dir():
         return Path(model)
+    if model.endswith(".gguf"):
+        raise InputError(
+            f"{model}: found a GGUF file, expected a folder of safetensors; unpack it first (in "
+            "transformers: from_pretrained(folder, gguf_file=...), then save_pretrained)"
+        )
     if model.startswith((".", "/", "~")) or model.count("/") > 1 or Path(model).exists():
         raise NotFoundError(f"{model}: no such model folder")
+    # Only now, as it takes a third of a second that folders do not need.
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
     try:
         return Path(snapshot_download(model, revision=revision, allow_patterns=list(PATTERNS)))
     except (HFValidationError, HfHubHTTPError, OSError) as error:

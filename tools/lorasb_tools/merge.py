@@ -2,7 +2,6 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import typer
 
@@ -10,9 +9,6 @@ from lorasb_runtime.errors import InputError
 from lorasb_tools import merge_flags, method_flags
 from lorasb_tools.merge_report import tell
 from lorasb_tools.report import JSON_FLAG, phases
-
-if TYPE_CHECKING:
-    from lorasb_runtime.merging.checkpoint import MergeConfig
 
 
 def merge(
@@ -34,6 +30,7 @@ def merge(
     untie: bool = merge_flags.UNTIE,
     dequantize: bool = merge_flags.DEQUANTIZE,
     reversible: bool = merge_flags.REVERSIBLE,
+    measure_all: bool = merge_flags.MEASURE_ALL,
     verify: bool = merge_flags.VERIFY,
     prompt: list[str] = merge_flags.PROMPT,
     prompts: Path | None = merge_flags.PROMPTS,
@@ -43,15 +40,24 @@ def merge(
 ) -> None:
     """Fold one or several weighted adapters into MODEL's weights, shard by shard."""
     from lorasb_runtime.merging import find_method
-    from lorasb_runtime.merging.checkpoint import merge_checkpoint
+    from lorasb_runtime.merging.checkpoint import MergeConfig, merge_checkpoint
     from lorasb_runtime.merging.method_deltas import method_deltas
     from lorasb_runtime.merging.provenance import describe_merge
     from lorasb_runtime.merging.weighted import load_weighted
     from lorasb_runtime.models.locate import identify, open_model
     from lorasb_runtime.storage.basis_file import map_basis
+    from lorasb_runtime.storage.dtypes import parse_dtype
 
     found = find_method(method)
-    config = _config(dtype, rounding, seed, untie, dequantize, reversible, workers)
+    config = MergeConfig(
+        dtype=parse_dtype(dtype) if dtype is not None else None,
+        rounding=merge_flags.parse_rounding(rounding, seed),
+        dequantize=dequantize,
+        untie=untie,
+        reversible=reversible,
+        measure_all=measure_all,
+        workers=workers,
+    )
     if seed is not None and not (config.rounding.stochastic or found.takes("seed")):
         raise InputError("--seed needs --rounding stochastic or a method that draws from it")
     options = method_flags.given(
@@ -90,28 +96,3 @@ def merge(
             check=verifier,
         )
     tell(output, result, config, verifier.result if verifier else None, as_json)
-
-
-def _config(
-    dtype: str | None,
-    rounding: str,
-    seed: int | None,
-    untie: bool,
-    dequantize: bool,
-    reversible: bool,
-    workers: int | None,
-) -> "MergeConfig":
-    from lorasb_runtime.merging.checkpoint import MergeConfig
-    from lorasb_runtime.merging.fold import Rounding
-    from lorasb_runtime.storage.dtypes import parse_dtype
-
-    if rounding not in ("nearest", "stochastic"):
-        raise InputError(f"rounding: found {rounding!r}, expected nearest or stochastic")
-    return MergeConfig(
-        dtype=parse_dtype(dtype) if dtype is not None else None,
-        rounding=Rounding(rounding == "stochastic", seed or 0),
-        untie=untie,
-        dequantize=dequantize,
-        reversible=reversible,
-        workers=workers,
-    )

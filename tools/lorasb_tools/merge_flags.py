@@ -1,8 +1,12 @@
 """The flags that say how a merged model is written and checked."""
 
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import typer
+
+if TYPE_CHECKING:
+    from lorasb_runtime.merging.fold import Rounding
 
 DEFAULT_PROMPTS = (
     "The capital of France is",
@@ -25,6 +29,9 @@ DEQUANTIZE = typer.Option(
 )
 REVERSIBLE = typer.Option(
     False, "--reversible", help="Also write what `lorasb unmerge` needs to restore every byte."
+)
+MEASURE_ALL = typer.Option(
+    False, "--measure-all", help="Report on every entry; else on a fourth of large weights."
 )
 VERIFY = typer.Option(
     False, "--verify", help="Reload the result and compare its logits; takes float32 memory."
@@ -53,3 +60,13 @@ def verify_prompts(verify: bool, prompt: list[str], prompts: Path | None) -> lis
             raise InputError(f"{prompts}: found no prompts, expected one on each line")
         asked += lines
     return asked or list(DEFAULT_PROMPTS)
+
+
+def parse_rounding(name: str, seed: int | None) -> "Rounding":
+    """Raises InputError for an unknown rounding."""
+    from lorasb_runtime.errors import InputError
+    from lorasb_runtime.merging.fold import Rounding
+
+    if name not in ("nearest", "stochastic"):
+        raise InputError(f"rounding: found {name!r}, expected nearest or stochastic")
+    return Rounding(name == "stochastic", seed or 0)

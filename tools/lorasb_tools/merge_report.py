@@ -62,6 +62,11 @@ def _lines(output: Path, result: "MergeReport", verified: "Verification | None")
     if len(result.modules) > len(worst):
         more = len(result.modules) - len(worst)
         lines.append(f"  and {more} with smaller errors: lorasb_merge.json in the folder has them")
+    measured = result.total.measured / max(1, result.total.entries)
+    if measured < 1:
+        lines.append(
+            f"  measured on {measured:.0%} of the entries; --measure-all takes all of them"
+        )
     if verified is not None:
         lines.append(
             f"  verified: logits within {verified.difference:.2e} of the unmerged model's "
