@@ -36,7 +36,7 @@ DAMAGE = (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError, Runtim
 Bits = np.ndarray[Any, np.dtype[Any]]
 
 
-class Tensors:
+class BitTensors:
     """A checkpoint's tensors as blocks of bit patterns."""
 
     def __init__(self, checkpoint: Checkpoint) -> None:
@@ -81,7 +81,7 @@ def most_undo_bytes(source: Checkpoint, plans: Sequence[ShardPlan]) -> int:
 def write_undo(source: Checkpoint, merged: Checkpoint, path: Path, report: Report) -> None:
     """Write the undo file of `merged`, which was made from `source`."""
     total, done = sum(entry.nbytes for entry in source.tensors.values()), 0
-    before, after = Tensors(source), Tensors(merged)
+    before, after = BitTensors(source), BitTensors(merged)
     digests = {shard: _digest(source.folder / shard) for shard in source.shards}
     about = {"format": FORMAT, "format_version": FORMAT_VERSION, "shards": digests}
     with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:

@@ -8,7 +8,7 @@ from typing import Any
 
 from lorasb_runtime.errors import FileFormatError
 from lorasb_runtime.merging import folder_files
-from lorasb_runtime.merging.undo import SMALL_FILES, Tensors, UndoFile
+from lorasb_runtime.merging.undo import SMALL_FILES, BitTensors, UndoFile
 from lorasb_runtime.storage import atomic
 from lorasb_runtime.storage.checkpoint import Checkpoint, TensorEntry
 from lorasb_runtime.types import Report
@@ -28,7 +28,7 @@ def undo_merge(
     shards = {shard: _entries(shard, headers[shard], merged.folder) for shard in headers}
     total = sum(entry.nbytes for entries in shards.values() for entry in entries.values())
     folder_files.check_output(merged.folder, output, total, force=force)
-    tensors = Tensors(merged)
+    tensors = BitTensors(merged)
     done = 0
     with atomic.new_folder(output, force=force) as folder:
         folder_files.copy_small_files(merged.folder, folder, folder_files.TO_BASE)

@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from lorasb_runtime.errors import FileFormatError, InputError
+from lorasb_runtime.errors import FileFormatError, InputError, NotFoundError
 from lorasb_runtime.storage.basis_file import Basis
 from lorasb_runtime.storage.checkpoint import Checkpoint, TensorEntry
 from lorasb_runtime.types import TargetModule
@@ -21,10 +21,17 @@ def find_tied_head(source: Checkpoint, basis: Basis) -> TargetModule | None:
     tied = any(c.get(TIE) is True for c in _configs(source.config))
     for target in basis.targets:
         outside = not any(part.isdecimal() for part in target.module.split("."))
-        own = f"{target.module}.weight" in source.tensors
-        if outside and target.out_features in sizes and (tied or not own):
+        if outside and target.out_features in sizes and (tied or not _has_weight(source, target)):
             return target
     return None
+
+
+def _has_weight(source: Checkpoint, target: TargetModule) -> bool:
+    try:
+        source.find_weight(target.module)
+    except NotFoundError:
+        return False
+    return True
 
 
 def refuse_tied_head(head: TargetModule) -> InputError:

@@ -1,7 +1,6 @@
 """Deriving a basis: model, gradients and basis method put together."""
 
 import random
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +17,7 @@ from lorasb_runtime.storage.basis_file import Basis
 from lorasb_runtime.storage.checkpoint import open_checkpoint
 from lorasb_runtime.training.data import DataFile, Example, data_paths, read_data
 from lorasb_runtime.training.gradients import summed_gradients
-
-Report = Callable[[str, int, int, str], None]  # phase, done, total, note
+from lorasb_runtime.types import Report
 
 
 @dataclass(frozen=True)

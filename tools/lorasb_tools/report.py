@@ -1,7 +1,7 @@
 """How commands speak: results on stdout (text or JSON), progress and notes on stderr."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,11 +19,11 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
+from lorasb_runtime.types import Report
+
 JSON_FLAG = typer.Option(False, "--json", help="Print the result as one JSON object.")
 
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
-
-Report = Callable[[str, int, int, str], None]
 
 
 def emit(result: dict[str, Any], text: str, as_json: bool) -> None:
