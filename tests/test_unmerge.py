@@ -232,6 +232,36 @@ def test_what_subtraction_calls_certain_is_so(
             assert file.metadata() == {"format": "pt", "who": "é"}
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"lorasb.adapters": "[1]"}, "found lorasb.adapters [1], expected adapters with name"),
+        ({"lorasb.adapters": '[{"name": "a", "version": "b"}]'}, "expected adapters with name"),
+        ({"lorasb.adapters": "{"}, "expected valid JSON in it"),
+        ({"lorasb.changes": "3"}, "found changes of another kind, expected a JSON object"),
+        ({"lorasb.source_dtypes": "[]"}, "expected a JSON object"),
+        ({"lorasb.earlier": "[]"}, "expected a JSON object"),
+        ({"lorasb.method": "odd"}, "method: found 'odd'"),
+        ({"lorasb.options": '{"density": 2}'}, "density"),
+    ],
+)
+def test_a_record_that_makes_no_sense_is_refused(
+    values: dict[str, str], message: str, bf16: Path, tmp_path: Path, command: Run
+) -> None:
+    basis = random_basis(bf16, rank=4)
+    (adapter,) = save(tmp_path, basis, 0)
+    words = (adapter, "--basis", tmp_path / "basis")
+    assert command("merge", bf16, *words, "-o", tmp_path / "out")[0] == 0
+    with safetensors.safe_open(tmp_path / "out" / SINGLE, "pt") as file:
+        said = {**file.metadata(), **values}
+    safetensors.torch.save_file(tensors_of(tmp_path / "out"), tmp_path / "out" / SINGLE, said)
+    before = sorted(tmp_path.rglob("*"))
+    status, out, err = command("unmerge", tmp_path / "out", *words, "-o", tmp_path / "back")
+    assert (status, out) == (2, "")
+    assert message in err.splitlines()[-1]
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_an_untied_head_is_tied_again(tmp_path: Path, command: Run) -> None:
     base = make_pico("llama", tmp_path / "base", tie_word_embeddings=True)
     q0 = TargetModule("model.layers.0.self_attn.q_proj", 4, 32, 32)

@@ -121,7 +121,9 @@ def merge_checkpoint(
         return record.metadata(source, plan)
 
     more = most_undo_bytes(source, plans) if config.reversible else 0
-    write_model(NewModel(source, plans, output, force, report, more), merge, metadata, finish)
+    names = folder_files.TO_MERGED
+    new = NewModel(source, plans, output, force, report, "merge", names, more)
+    write_model(new, merge, metadata, finish)
     return made
 
 

@@ -56,9 +56,7 @@ def _may_replace(output: Path) -> bool:
     return output.is_dir() and ((output / CONFIG).is_file() or not any(output.iterdir()))
 
 
-def copy_small_files(
-    source: Path, folder: Path, renamed: Mapping[str, str | None] = TO_MERGED
-) -> None:
+def copy_small_files(source: Path, folder: Path, renamed: Mapping[str, str | None]) -> None:
     """Copy everything but weights and hidden files, subfolders (chat templates) included.
 
     `renamed` has other names for some files, None for those that are left out.

@@ -8,6 +8,7 @@ from typing import Any
 
 import yaml
 
+from lorasb_runtime.errors import FileFormatError
 from lorasb_runtime.merging import folder_files
 from lorasb_runtime.merging.plan import ShardPlan
 from lorasb_runtime.merging.survival import Survival
@@ -54,15 +55,21 @@ class MergeRecord:
 
     @staticmethod
     def read(merged: Checkpoint) -> "MergeRecord | None":
-        """The record in a checkpoint's first shard; None where it was not merged."""
+        """The record in a checkpoint's first shard; None where it was not merged.
+
+        Raises FileFormatError for one that is not of the form that `of` gives it.
+        """
         path = merged.folder / merged.shards[0]
         values = {
             key.removeprefix(PREFIX): value
             for key, value in shard_metadata(path).items()
             if key.startswith(PREFIX) and key not in (DTYPES_KEY, EARLIER_KEY)
         }
+        meta = tensor_file.Metadata(str(path), values)
         for key in JSON_KEYS:
-            tensor_file.Metadata(str(path), values).json(key)
+            if key != "adapters":
+                meta.json_object(key)
+        _check_adapters(meta)
         return MergeRecord(values) if values else None
 
     def metadata(self, source: Checkpoint, plan: ShardPlan) -> dict[str, str]:
@@ -87,6 +94,17 @@ class MergeRecord:
             key: json.loads(value) if key in JSON_KEYS else value
             for key, value in self.provenance.items()
         }
+
+
+def _check_adapters(meta: tensor_file.Metadata) -> None:
+    adapters = meta.json("adapters", [])
+    kinds = {"name": str, "version": str, "weight": int | float}
+    if not isinstance(adapters, list) or not all(
+        isinstance(item, dict) and all(isinstance(item.get(k), kinds[k]) for k in kinds)
+        for item in adapters
+    ):
+        found = f"{PREFIX}adapters {adapters!r:.80}"
+        raise FileFormatError(meta.source, found, "adapters with name, version and weight")
 
 
 def shard_metadata(path: Path) -> dict[str, str]:

@@ -87,7 +87,7 @@ def unmerge(
     def metadata(plan: ShardPlan) -> dict[str, str]:
         return metadata_before(merged.folder / plan.file)
 
-    new = NewModel(merged, plans, output, force, report, renamed=folder_files.TO_BASE)
+    new = NewModel(merged, plans, output, force, report, "unmerge", folder_files.TO_BASE)
     write_model(new, merge, metadata, finish)
     modules = {target.module: merge.modules[target.module] for target in kept}
     return UnmergeReport(modules, 2 if stochastic else 1, matches)

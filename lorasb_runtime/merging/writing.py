@@ -1,7 +1,7 @@
 """Writes a model folder made from another one: shards, index and small files, or nothing at all."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from lorasb_runtime.merging import folder_files
@@ -14,9 +14,10 @@ from lorasb_runtime.types import Report
 
 @dataclass(frozen=True)
 class NewModel:
-    """The folder to write. more_bytes: what comes beside tensors and small files, at most.
+    """The folder to write.
 
-    renamed: small files that get other names, None for those left out.
+    phase: what reports call it. renamed: small files that get other names, None for those left
+    out. more_bytes: what comes beside tensors and small files, at most.
     """
 
     source: Checkpoint
@@ -24,8 +25,9 @@ class NewModel:
     output: Path
     force: bool
     report: Report
+    phase: str
+    renamed: Mapping[str, str | None]
     more_bytes: int = 0
-    renamed: Mapping[str, str | None] = field(default_factory=lambda: folder_files.TO_MERGED)
 
 
 def write_model(
@@ -49,7 +51,7 @@ def write_model(
     def tell(piece: Piece) -> None:
         nonlocal done
         done += piece.nbytes
-        new.report("merge", done, total, piece.name)
+        new.report(new.phase, done, total, piece.name)
 
     with atomic.new_folder(new.output, force=new.force) as folder:
         folder_files.copy_small_files(new.source.folder, folder, new.renamed)

@@ -79,7 +79,7 @@ def _subtract(
     check_basis_of(record, loaded)
     weighted = check_adapters(record, [load_adapter(path, loaded) for path in adapters])
     said = record.as_json()
-    method = find_method(said["method"]).with_options(said.get("options", {}))
+    method = find_method(said.get("method", "")).with_options(said.get("options", {}))
     deltas = method_deltas(weighted, loaded, method)
     with phases(in_bytes=True) as report:
         result = unmerge(merged, record, loaded, deltas, output, force=force, report=report)
