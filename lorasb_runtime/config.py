@@ -22,7 +22,6 @@ class SchedulerConfig:
 
     max_num_seqs: int = 64
     max_batched_tokens: int = 512
-    max_waiting: int = 1024
 
 
 @dataclass(frozen=True)

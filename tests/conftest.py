@@ -18,6 +18,9 @@ __all__ = ["native", "vllm_adapters", "vllm_basis", "vllm_basis_file", "vllm_mod
 
 Run = Callable[..., tuple[int, str, str]]
 
+# Taken out of the environment: servers refuse variables of this prefix that are no settings.
+REAL_MODEL = os.environ.pop("LORASB_TEST_MODEL", None)
+
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
@@ -55,6 +58,13 @@ def pico(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def pico_long(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of a random two-layer Llama whose context takes many seconds to fill."""
+    folder = tmp_path_factory.mktemp("models") / "pico-long"
+    return make_pico_llama(folder, max_position_embeddings=16384)
+
+
+@pytest.fixture(scope="session")
 def pico_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Folder of a random two-layer GPT-2."""
     return make_pico_gpt2(tmp_path_factory.mktemp("models") / "pico-gpt2")
@@ -63,7 +73,6 @@ def pico_gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def smol() -> Path:
     """Folder of the real SmolLM2-135M-Instruct, named by LORASB_TEST_MODEL."""
-    folder = os.environ.get("LORASB_TEST_MODEL")
-    if not folder:
+    if not REAL_MODEL:
         pytest.skip("LORASB_TEST_MODEL names no model folder")
-    return Path(folder).resolve()
+    return Path(REAL_MODEL).resolve()

@@ -28,6 +28,7 @@ from lorasb_runtime.engines.base import (
     GenerationRequest,
     TokenLogprob,
 )
+from lorasb_runtime.errors import EngineError
 from lorasb_runtime.models.load import load_tokenizer
 from lorasb_runtime.models.text import TextCodec
 from lorasb_runtime.storage.adapter_file import Adapter, serialize_adapter
@@ -67,6 +68,10 @@ class FakeEngine:
 
     def close(self) -> None:
         self.started = False
+
+    def check_health(self) -> None:
+        if not self.started:
+            raise EngineError("the engine is not running")
 
     def stats(self) -> EngineStats:
         return EngineStats(self.open, 0, 0, 0, 0, 0, len(self.requests))

@@ -2,9 +2,9 @@
 
 import subprocess
 
-from server_process import LORASB, serving
+from server_process import LORASB, Running, running, serving
 
-__all__ = ["LORASB", "lorasb", "serving"]
+__all__ = ["LORASB", "Running", "lorasb", "running", "serving"]
 
 
 def lorasb(*words: object) -> "subprocess.CompletedProcess[str]":

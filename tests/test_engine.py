@@ -45,7 +45,7 @@ def engine(pico: Path, basis: Basis) -> Iterator[TorchEngine]:
         dtype="float32",
         slots=3,
         cache=CacheConfig(1 << 20, smallest_region=16, prefix_nbytes=1 << 16, prefix_block=4),
-        scheduler=SchedulerConfig(max_num_seqs=6, max_batched_tokens=40, max_waiting=50),
+        scheduler=SchedulerConfig(max_num_seqs=6, max_batched_tokens=40),
     )
     engine = load_engine(pico, basis, config)
     engine.start()

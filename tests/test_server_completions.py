@@ -155,8 +155,8 @@ def test_metrics_count_what_was_served(url: str, client: OpenAI) -> None:
     httpx.post(f"{url}/v1/completions", json={"model": "gone", "prompt": "x"})
     lines = httpx.get(f"{url}/metrics").text.splitlines()
     for line in (
-        'lorasb_requests_total{path="/v1/completions",status="200"} 1.0',
-        'lorasb_requests_total{path="/v1/completions",status="404"} 1.0',
+        'lorasb_requests_total{outcome="ok",path="/v1/completions",status="200"} 1.0',
+        'lorasb_requests_total{outcome="refused",path="/v1/completions",status="404"} 1.0',
         "lorasb_prompt_tokens_total 3.0",
         "lorasb_generation_tokens_total 5.0",
         "lorasb_time_to_first_token_seconds_count 1.0",

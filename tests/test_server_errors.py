@@ -1,12 +1,7 @@
 """Refusals and failures: the right status, OpenAI's error object, and the field by its name."""
 
 import asyncio
-import os
-import signal
 import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,11 +9,13 @@ from typing import Any
 import httpx
 import pytest
 from fake_engine import FakeEngine, folder_loader, served, tiny_basis
+from fastapi import FastAPI
 
 from lorasb_runtime.errors import InputError
 from lorasb_server import run
 from lorasb_server.app import create_app
-from lorasb_server.settings import ServerConfig
+from lorasb_server.lifecycle import Lifecycle
+from lorasb_server.settings import ListenConfig, ServerConfig
 
 USER = {"role": "user", "content": "x"}
 CHAT: dict[str, Any] = {"model": "pico", "messages": [USER]}
@@ -181,71 +178,14 @@ def test_other_statuses(url: str) -> None:
         assert response.status_code == 413 and response.json()["error"]["message"]
 
 
-RUN = """
-import logging, sys
-from fake_engine import FakeEngine
-from pico import pico_tokenizer
-from lorasb_runtime.models.text import TextCodec
-from lorasb_server import run
-from lorasb_server.app import create_app
-from lorasb_server.settings import ServerConfig
-
-class Engine(FakeEngine):
-    def start(self):
-        if sys.argv[1] == "broken":
-            raise RuntimeError("no device")
-        super().start()
-
-logging.basicConfig(level=logging.INFO)
-run.DRAIN_SECONDS = 1
-engine = Engine(TextCodec(pico_tokenizer()), pace=0.2)
-run.run_server(create_app(engine, None, ServerConfig("pico")), "127.0.0.1", 0)
-"""
-
-
-def start(how: str) -> "subprocess.Popen[str]":
-    here = str(Path(__file__).parent)
-    path = os.pathsep.join([here, *[entry for entry in sys.path if entry]])
-    return subprocess.Popen(
-        [sys.executable, "-c", RUN, how],
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": path},
-    )
-
-
-def test_the_announced_address_answers_and_a_stop_waits_for_nobody_for_ever() -> None:
-    with start("well") as process:
-        try:
-            assert process.stderr
-            line = next(line for line in process.stderr if "serving on" in line)
-            url = line.partition("lorasb: serving on ")[2].strip()
-            assert httpx.get(f"{url}/ready").status_code == 200
-            body = {**PLAIN, "stream": True, "ignore_eos": True, "max_tokens": 200}
-            with httpx.stream("POST", f"{url}/v1/completions", json=body) as response:
-                lines = response.iter_lines()  # kept: the connection ends with it
-                next(lines)
-                stopped = time.monotonic()
-                process.send_signal(signal.SIGTERM)
-                process.wait(timeout=15)
-                assert time.monotonic() - stopped >= 1  # the drain that RUN sets
-        finally:
-            process.kill()
-
-
-def test_an_engine_that_does_not_start_is_an_error() -> None:
-    with start("broken") as process:
-        _, errors = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert "no device" in errors
-    assert errors.strip().splitlines()[-1].startswith("lorasb_runtime.errors.EngineError")
-
-
 def test_an_address_that_is_taken_is_named(url: str) -> None:
     port = int(url.rpartition(":")[2])
-    app = create_app(FakeEngine(None), None, ServerConfig("pico"))  # type: ignore[arg-type]
+
+    def load(lifecycle: Lifecycle) -> FastAPI:
+        raise AssertionError("nothing is loaded for an address that cannot be had")
+
     with pytest.raises(InputError, match=f"cannot listen on 127.0.0.1 port {port}"):
-        run.run_server(app, "127.0.0.1", port)
+        run.run_server(load, ListenConfig(port=port))
 
 
 def test_small_writes_are_sent_at_once() -> None:

@@ -25,7 +25,7 @@ from vllm_asking import (
 from vllm_native import SLOTS, Native
 
 from lorasb_runtime.engines.base import Chunk, Grammar, SamplingParams
-from lorasb_runtime.errors import InputError, OverloadedError
+from lorasb_runtime.errors import InputError
 from lorasb_runtime.storage.adapter_file import Adapter
 
 
@@ -208,13 +208,3 @@ def test_leaving_early_ends_the_request(native: Native, vllm_adapters: list[Adap
             await collect(native, request([7]))
 
     native.run(asyncio.wait_for(leave(), 30))
-
-
-def test_more_than_fit_in_the_queue_are_turned_away(native: Native) -> None:
-    async def crowd() -> list[Any]:
-        asked = [collect(native, request([5, 6, i])) for i in range(110)]
-        return await asyncio.gather(*asked, return_exceptions=True)
-
-    results = native.run(crowd())
-    refused = [r for r in results if isinstance(r, BaseException)]
-    assert len(refused) == 10 and all(isinstance(r, OverloadedError) for r in refused)

@@ -76,7 +76,7 @@ def native(vllm_model: Path, vllm_basis: Basis, vllm_basis_file: Path) -> Iterat
         max_model_len=400,
         slots=SLOTS,
         cache=CacheConfig(64 << 20),
-        scheduler=SchedulerConfig(max_num_seqs=40, max_batched_tokens=200, max_waiting=60),
+        scheduler=SchedulerConfig(max_num_seqs=40, max_batched_tokens=200),
     )
     engine = load_engine(vllm_model, vllm_basis_file, config, ["enforce-eager"])
     loop = asyncio.new_event_loop()

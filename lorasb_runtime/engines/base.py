@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, Protocol
 
+from lorasb_runtime.config import SchedulerConfig
 from lorasb_runtime.errors import InputError
 
 if TYPE_CHECKING:
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from lorasb_runtime.models.text import TextCodec
 
 FinishReason = Literal["stop", "length", "abort"]
+# Upper bounds of the step sizes that EngineStats counts, in sequences.
+BATCH_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512)
 
 
 GrammarKind = Literal["json_schema", "regex", "choice", "lark"]
@@ -94,6 +97,8 @@ class Chunk:
     generated since the last chunk, an ending eos or stop token included. `cached_tokens` says, in
     the first chunk of completion 0, how much of the prompt was found in the prefix cache; the
     same chunk holds `prompt_logprobs`, one entry for each prompt token after the first.
+    `queue_seconds` says, in the first chunk of each completion, how long it waited for its first
+    step; None where the engine cannot tell.
     """
 
     index: int
@@ -104,19 +109,22 @@ class Chunk:
     stop_reason: str | int | None = None
     cached_tokens: int = 0
     prompt_logprobs: tuple[TokenLogprob, ...] = ()
+    queue_seconds: float | None = None
 
 
 @dataclass(frozen=True)
 class EngineInfo:
     """What the engine serves: its context length in tokens and the dtype it computes in.
 
-    core_dtype: of the slots' cores, to which an adapter is rounded.
+    core_dtype: of the slots' cores, to which an adapter is rounded. max_num_seqs: sequences that
+    run at once; more of them wait.
     """
 
     max_model_len: int
     vocab_size: int
     dtype: str
     core_dtype: str = "float32"
+    max_num_seqs: int = SchedulerConfig.max_num_seqs
 
 
 def check_request(request: GenerationRequest, info: EngineInfo, *, has_basis: bool) -> None:
@@ -144,6 +152,9 @@ class EngineStats:
     slot_fills, copies of cores into a slot; slot_evictions, those that took another version's slot.
 
     step_seconds counts the time spent in steps, forward_seconds what of it was the model's forward.
+    preemptions counts sequences sent back to the queue for want of KV cache. batch_counts: how many
+    steps had at most BATCH_SIZES[i] sequences, the last entry all of them; batch_sequences: how
+    many sequences they had together.
     """
 
     running: int
@@ -158,10 +169,13 @@ class EngineStats:
     slot_hits: int = 0
     slot_fills: int = 0
     slot_evictions: int = 0
+    preemptions: int = 0
+    batch_counts: tuple[int, ...] = ()
+    batch_sequences: int = 0
 
 
 class Engine(Protocol):
-    """Six members: everything that the server needs of an engine."""
+    """Two properties and five methods: everything that the server needs of an engine."""
 
     @property
     def info(self) -> EngineInfo: ...
@@ -177,6 +191,9 @@ class Engine(Protocol):
         """
 
     def stats(self) -> EngineStats: ...
+
+    def check_health(self) -> None:
+        """Raises EngineError where no request will be answered (any more); cheap, never waits."""
 
     def start(self) -> None: ...
 

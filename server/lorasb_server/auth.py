@@ -11,12 +11,13 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from lorasb_runtime.errors import LorasbError
 from lorasb_server.errors import error_response
 from lorasb_server.playground.routes import PAGE
+from lorasb_server.probes import PROBES, route_path
 from lorasb_server.tenants.caller import Caller, Role, anyone
 from lorasb_server.tenants.errors import InvalidKeyError
 from lorasb_server.tenants.key_ring import KeyRing
 from lorasb_server.tenants.meter import Meter
 
-OPEN_PATHS = ("/health", "/ready", *PAGE)  # what a load balancer asks; the page, without its data
+OPEN_PATHS = (*PROBES, *PAGE)  # the page holds no data of its own
 POLICY_VIOLATION = 1008
 API_KEY = HTTPBearer(
     scheme_name="ApiKey",
@@ -41,7 +42,7 @@ class Auth:
             await self._app(scope, receive, send)
         elif scope["type"] != "http":  # no route speaks anything else
             await send({"type": "websocket.close", "code": POLICY_VIOLATION})
-        elif scope["path"] in OPEN_PATHS:
+        elif route_path(scope) in OPEN_PATHS:
             await self._app(scope, receive, send)
         else:
             await self._admit(scope, receive, send)

@@ -13,7 +13,8 @@ from lorasb_runtime.engines.base import TokenLogprob
 from lorasb_runtime.models.text import TextCodec
 from lorasb_server.auth import AnyCaller
 from lorasb_server.documented import generated
-from lorasb_server.generate import Choice, Generation, check_limits, finite, unless_gone
+from lorasb_server.exchange import Exchange
+from lorasb_server.generate import Choice, Generation, check_limits, finite
 from lorasb_server.schemas.answers import ChatCompletion
 from lorasb_server.schemas.chat import ChatRequest
 from lorasb_server.service import Service
@@ -37,16 +38,20 @@ def chat_routes(service: Service) -> APIRouter:
 
     @router.post("/v1/chat/completions", responses=generated(ChatCompletion))
     async def chat_completions(body: ChatRequest, request: Request, caller: AnyCaller) -> Response:
-        chat = await prepare_chat(service, caller, body)
-        if body.stream:
-            return await unless_gone(request, event_stream(_stream(body, chat)))
-        choices = await unless_gone(request, chat.generation.collect())
-        return JSONResponse(_whole(body, chat, choices))
+        async def answer(exchange: Exchange) -> Response:
+            chat = await prepare_chat(service, caller, exchange, body)
+            if body.stream:
+                return await event_stream(_stream(body, chat))
+            return JSONResponse(_whole(body, chat, await chat.generation.collect()))
+
+        return await service.answer(request, body.n or 1, answer)
 
     return router
 
 
-async def prepare_chat(service: Service, caller: Caller, body: ChatRequest) -> Conversation:
+async def prepare_chat(
+    service: Service, caller: Caller, exchange: Exchange, body: ChatRequest
+) -> Conversation:
     """The conversation as tokens, checked and ready to run."""
     _ = body.wants_usage
     params = body.parameters()
@@ -60,7 +65,8 @@ async def prepare_chat(service: Service, caller: Caller, body: ChatRequest) -> C
     n = body.n or 1
     length_param = body.limit_field or "messages"
     check_limits(service, [prompt], params, n, asked=params.max_tokens, length_param=length_param)
-    generation = Generation(service, caller, [prompt], use.sampling(params, codec), adapter, n)
+    sampling = use.sampling(params, codec)
+    generation = Generation(service, caller, exchange, [prompt], sampling, adapter, n)
     return Conversation(generation, use)
 
 

@@ -13,7 +13,8 @@ from lorasb_runtime.engines.base import Chunk, TokenLogprob
 from lorasb_runtime.models.text import TextCodec
 from lorasb_server.auth import AnyCaller
 from lorasb_server.documented import generated
-from lorasb_server.generate import Choice, Generation, check_limits, finite, unless_gone
+from lorasb_server.exchange import Exchange
+from lorasb_server.generate import Choice, Generation, check_limits, finite
 from lorasb_server.schemas.answers import Completion
 from lorasb_server.schemas.completions import CompletionRequest
 from lorasb_server.service import Service
@@ -26,17 +27,20 @@ def completion_routes(service: Service) -> APIRouter:
 
     @router.post("/v1/completions", responses=generated(Completion))
     async def completions(body: CompletionRequest, request: Request, caller: AnyCaller) -> Response:
-        generation = await _prepare(service, caller, body)
-        if body.stream:
-            payloads = _stream(body, generation)
-            return await unless_gone(request, event_stream(payloads))
-        choices = await unless_gone(request, generation.collect())
-        return JSONResponse(_whole(body, generation, choices))
+        async def answer(exchange: Exchange) -> Response:
+            generation = await _prepare(service, caller, exchange, body)
+            if body.stream:
+                return await event_stream(_stream(body, generation))
+            return JSONResponse(_whole(body, generation, await generation.collect()))
+
+        return await service.answer(request, len(body.prompts()) * (body.n or 1), answer)
 
     return router
 
 
-async def _prepare(service: Service, caller: Caller, body: CompletionRequest) -> Generation:
+async def _prepare(
+    service: Service, caller: Caller, exchange: Exchange, body: CompletionRequest
+) -> Generation:
     _ = body.wants_usage
     params = body.parameters()
     adapter = await service.resolve(caller, body.model, body.adapter)
@@ -48,7 +52,7 @@ async def _prepare(service: Service, caller: Caller, body: CompletionRequest) ->
     prompts = await asyncio.to_thread(tokens)
     n = body.n or 1
     check_limits(service, prompts, params, n, asked=body.max_tokens, length_param="max_tokens")
-    return Generation(service, caller, prompts, params, adapter, n, body.prompt_only)
+    return Generation(service, caller, exchange, prompts, params, adapter, n, body.prompt_only)
 
 
 def _whole(

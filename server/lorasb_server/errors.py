@@ -18,6 +18,7 @@ from lorasb_runtime.errors import (
     StoreError,
     TooLargeError,
 )
+from lorasb_server.refusals import DeadlineError, UnavailableError
 from lorasb_server.tenants.errors import ForbiddenError, InvalidKeyError
 
 logger = logging.getLogger(__name__)
@@ -32,6 +33,8 @@ STATUS: tuple[tuple[type[LorasbError], int], ...] = (
     (ConflictError, 409),
     (InputError, 400),
     (StoreError, 503),
+    (UnavailableError, 503),
+    (DeadlineError, 504),
     (OverloadedError, 429),
     (LorasbError, 500),
 )
@@ -94,6 +97,14 @@ def status_of(error: LorasbError) -> int:
     return next(status for kind, status in STATUS if isinstance(error, kind))
 
 
+def outcome_of(error: BaseException) -> str:
+    """What an answer that ends with this error is counted as."""
+    named: str | None = getattr(error, "outcome", None)
+    if named is not None:
+        return named
+    return "refused" if isinstance(error, LorasbError) and status_of(error) < 500 else "error"
+
+
 def error_body(error: LorasbError) -> dict[str, Any]:
     """OpenAI's error object for one of our errors."""
     param = getattr(error, "param", None)
@@ -104,9 +115,10 @@ def error_body(error: LorasbError) -> dict[str, Any]:
 def error_response(error: LorasbError) -> JSONResponse:
     """The whole answer for one of our errors."""
     status = status_of(error)
-    headers = {}
-    if status == 429:
-        headers["Retry-After"] = str(getattr(error, "retry_after", RETRY_SECONDS))
+    headers = dict(getattr(error, "headers", {}))
+    retry_after = getattr(error, "retry_after", RETRY_SECONDS if status == 429 else None)
+    if retry_after is not None:
+        headers["Retry-After"] = str(retry_after)
     if status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return JSONResponse(error_body(error), status, headers)
@@ -121,7 +133,8 @@ def install_handlers(app: FastAPI) -> None:
 
     @app.exception_handler(LorasbError)
     async def ours(request: Request, error: LorasbError) -> JSONResponse:
-        if status_of(error) >= 500:
+        expected = isinstance(error, DeadlineError | UnavailableError)
+        if status_of(error) >= 500 and not expected:
             logger.error("%s %s: %s", request.method, request.url.path, error)
         return error_response(error)
 
@@ -136,10 +149,6 @@ def install_handlers(app: FastAPI) -> None:
         return JSONResponse(
             _body(error.status_code, message, None, None), error.status_code, error.headers
         )
-
-    @app.exception_handler(Exception)
-    async def unexpected(request: Request, error: Exception) -> JSONResponse:
-        return JSONResponse(internal_body(), 500)
 
 
 def _body(status: int, message: str, param: str | None, code: str | None) -> dict[str, Any]:

@@ -1,39 +1,34 @@
 """Runs the prompts of one HTTP request on the engine and brings their chunks together."""
 
-import asyncio
 import contextlib
 import math
 import time
 import uuid
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar
-
-from fastapi import Request
+from typing import Any
 
 from lorasb_runtime.adapters.loaded_adapter import LoadedAdapter
 from lorasb_runtime.engines.base import Chunk, GenerationRequest, SamplingParams, TokenLogprob
-from lorasb_server.errors import FieldError
+from lorasb_server.errors import FieldError, outcome_of
+from lorasb_server.exchange import Exchange
+from lorasb_server.interleave import interleave
 from lorasb_server.service import Service
+from lorasb_server.tally import Tally
 from lorasb_server.tenants.caller import Caller
-
-T = TypeVar("T")
-
-
-class ClientGoneError(Exception):
-    """The client closed the connection before its answer was ready."""
 
 
 @dataclass
 class Generation:
     """A checked request that is ready to run: prompts as tokens, `n` completions of each.
 
-    Choice index = prompt's index * n + completion's index. Counts the tokens as they come. With
-    `prompt_only` what the engine generates is dropped, and each completion ends for its length.
+    Choice index = prompt's index * n + completion's index. With `prompt_only` what the engine
+    generates is dropped, and each completion ends for its length.
     """
 
     service: Service
     caller: Caller
+    exchange: Exchange
     prompts: list[list[int]]
     sampling: SamplingParams
     adapter: LoadedAdapter | None
@@ -41,48 +36,43 @@ class Generation:
     prompt_only: bool = False
     id: str = field(default_factory=lambda: uuid.uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
-    completion_tokens: int = 0
-    cached_tokens: int = 0
     prompt_logprobs: dict[int, tuple[TokenLogprob, ...]] = field(default_factory=dict)
 
-    @property
-    def prompt_tokens(self) -> int:
-        return sum(len(prompt) for prompt in self.prompts)
+    def __post_init__(self) -> None:
+        service = self.service
+        self.tally = Tally(service.metrics, service.meter, self.caller, self.exchange)
 
     def usage(self) -> dict[str, Any]:
+        tally = self.tally
         return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-            "total_tokens": self.prompt_tokens + self.completion_tokens,
-            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+            "prompt_tokens": tally.prompt_tokens,
+            "completion_tokens": tally.completion_tokens,
+            "total_tokens": tally.prompt_tokens + tally.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": tally.cached_tokens},
         }
 
     async def chunks(self) -> AsyncGenerator[tuple[int, Chunk], None]:
         """(choice index, chunk) of all prompts as they come; closing it ends all of them.
 
-        Raises QuotaError before the first where the tenant has no tokens left for today.
+        Raises QuotaError before the first where the tenant has no tokens left for today, and the
+        error that ends the exchange before its time.
         """
-        started = time.monotonic()
-        metrics, meter, tenant = self.service.metrics, self.service.meter, self.caller.tenant
-        meter.check_tokens(tenant, self.caller.quota)
-        meter.spend(tenant, self.prompt_tokens)
-        metrics.prompt_tokens.inc(self.prompt_tokens)
-        if self.adapter is not None:
-            metrics.count_adapter(str(self.adapter.name))
-        waiting = True
-        async with contextlib.aclosing(_interleave(self._streams())) as stream:
-            async for prompt, said in stream:
-                chunk = _without_output(said) if self.prompt_only else said
-                if waiting:
-                    metrics.first_token.observe(time.monotonic() - started)
-                    waiting = False
-                self.completion_tokens += len(chunk.tokens)
-                meter.spend(tenant, len(chunk.tokens))
-                self.cached_tokens += chunk.cached_tokens
-                if chunk.index == 0:
-                    self.prompt_logprobs.setdefault(prompt, chunk.prompt_logprobs)
-                metrics.generation_tokens.inc(len(chunk.tokens))
-                yield prompt * self.n + chunk.index, chunk
+        self.tally.begin(self.service.config.model_name, self.prompts, self.n, self.adapter)
+        outcome = "abort"
+        try:
+            streams = [self._chunks_of(i) for i in range(len(self.prompts))]
+            async with contextlib.aclosing(interleave(streams, self.exchange.stop)) as stream:
+                async for prompt, chunk in stream:
+                    if chunk.index == 0:
+                        self.prompt_logprobs.setdefault(prompt, chunk.prompt_logprobs)
+                    yield prompt * self.n + chunk.index, chunk
+        except Exception as error:
+            outcome = outcome_of(error)
+            raise
+        finally:
+            if outcome == "abort" and self.exchange.stop.done():
+                outcome = outcome_of(self.exchange.stop.result())
+            self.tally.end(outcome)
 
     async def collect(self) -> list["Choice"]:
         """All completions, whole, in order of their index."""
@@ -113,20 +103,20 @@ class Generation:
             )
         return shown
 
-    def _streams(self) -> list[AsyncIterator[Chunk]]:
-        return [
-            self.service.engine.generate(
-                GenerationRequest(
-                    f"{self.id}-{i}",
-                    tuple(prompt),
-                    self.sampling,
-                    self.adapter,
-                    self.n,
-                    self.caller.tenant,
-                )
-            )
-            for i, prompt in enumerate(self.prompts)
-        ]
+    async def _chunks_of(self, prompt: int) -> AsyncIterator[Chunk]:
+        """The chunks of one prompt's completions, counted."""
+        request = GenerationRequest(
+            f"{self.id}-{prompt}",
+            tuple(self.prompts[prompt]),
+            self.sampling,
+            self.adapter,
+            self.n,
+            self.caller.tenant,
+        )
+        async for said in self.service.engine.generate(request):
+            chunk = _without_output(said) if self.prompt_only else said
+            self.tally.take(prompt, chunk)
+            yield chunk
 
 
 @dataclass
@@ -195,55 +185,3 @@ def check_limits(
             raise FieldError(
                 "prompt", f"prompt: found token id {max(prompt)}, expected one below {vocab}"
             )
-
-
-async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The result of `work`, which is cancelled when the client closes the connection."""
-    task = asyncio.create_task(work)
-    gone = asyncio.create_task(_disconnected(request))
-    try:
-        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientGoneError
-        return task.result()
-    finally:
-        for pending in (task, gone):
-            pending.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
-
-
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
-
-
-async def _interleave(
-    streams: list[AsyncIterator[Chunk]],
-) -> AsyncGenerator[tuple[int, Chunk], None]:
-    """Chunks of several streams with the stream's index, each as soon as it is there.
-
-    The first error ends all of them.
-    """
-    queue: asyncio.Queue[tuple[int, Chunk | None]] = asyncio.Queue()
-
-    async def pump(index: int, stream: AsyncIterator[Chunk]) -> None:
-        try:
-            async for chunk in stream:
-                queue.put_nowait((index, chunk))
-        finally:
-            queue.put_nowait((index, None))
-
-    tasks = [asyncio.create_task(pump(i, s)) for i, s in enumerate(streams)]
-    unfinished = len(tasks)
-    try:
-        while unfinished:
-            index, chunk = await queue.get()
-            if chunk is None:
-                unfinished -= 1
-                await tasks[index]
-            else:
-                yield index, chunk
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)

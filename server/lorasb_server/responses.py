@@ -17,7 +17,8 @@ from lorasb_server.auth import AnyCaller
 from lorasb_server.chat import prepare_chat, shown_logprobs
 from lorasb_server.documented import generated
 from lorasb_server.errors import FieldError
-from lorasb_server.generate import Generation, unless_gone
+from lorasb_server.exchange import Exchange
+from lorasb_server.generate import Generation
 from lorasb_server.response_output import Event, ResponseOutput
 from lorasb_server.schemas.answers import ResponseAnswer
 from lorasb_server.schemas.responses import ResponsesRequest, renamed
@@ -33,17 +34,22 @@ def response_routes(service: Service) -> APIRouter:
 
     @router.post("/v1/responses", responses=generated(ResponseAnswer))
     async def responses(body: ResponsesRequest, request: Request, caller: AnyCaller) -> Response:
-        answer = await _prepare(service, caller, body)
-        if body.stream:
-            return await unless_gone(request, event_stream(answer.stream()))
-        return JSONResponse(await unless_gone(request, answer.collect()))
+        async def answer(exchange: Exchange) -> Response:
+            response = await _prepare(service, caller, exchange, body)
+            if body.stream:
+                return await event_stream(response.stream())
+            return JSONResponse(await response.collect())
+
+        return await service.answer(request, 1, answer)
 
     return router
 
 
-async def _prepare(service: Service, caller: Caller, body: ResponsesRequest) -> "Answer":
+async def _prepare(
+    service: Service, caller: Caller, exchange: Exchange, body: ResponsesRequest
+) -> "Answer":
     try:
-        chat = await prepare_chat(service, caller, body.as_chat())
+        chat = await prepare_chat(service, caller, exchange, body.as_chat())
     except FieldError as error:
         raise renamed(error) from None
     return Answer(body, chat.generation)

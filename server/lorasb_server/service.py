@@ -1,17 +1,21 @@
 """What every route works with: the engine, the adapters, and who is meant by a model's name."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
+
+from fastapi import Request
 
 from lorasb_runtime.adapters.loaded_adapter import LoadedAdapter
 from lorasb_runtime.adapters.loader import AdapterLoader
 from lorasb_runtime.adapters.names import AdapterName
 from lorasb_runtime.engines.base import Engine
 from lorasb_runtime.errors import FileFormatError, InputError, NotFoundError, StoreError
+from lorasb_server.admission import Admission
 from lorasb_server.blender import Blender
 from lorasb_server.errors import FieldError, ModelNotFoundError
+from lorasb_server.exchange import Exchange, allowed_seconds, exchange_of
 from lorasb_server.metrics import Metrics
 from lorasb_server.schemas.adapter import AdapterField, BlendPart, InlineAdapter
 from lorasb_server.settings import ServerConfig
@@ -32,6 +36,25 @@ class Service:
     metrics: Metrics
     blender: Blender | None
     meter: Meter
+    admission: Admission
+
+    async def answer(
+        self,
+        request: Request,
+        sequences: int,
+        work: Callable[[Exchange], Coroutine[Any, Any, T]],
+    ) -> T:
+        """What `work` gives, if there are places for so many sequences and it is done in time.
+
+        Raises QueueFullError before any work, and what `Exchange.run` raises.
+        """
+        exchange = exchange_of(request)
+        seconds = allowed_seconds(request.headers, self.config.request_timeout)
+        exchange.places = self.admission.enter(sequences)
+        exchange.held.callback(exchange.places.close)
+        if seconds is not None:
+            exchange.expire(seconds)
+        return await exchange.run(request, work(exchange))
 
     async def resolve(
         self, caller: Caller, model: str, adapter: AdapterField | None

@@ -1,5 +1,6 @@
 """`lorasb serve --engine vllm`: starts vLLM on the model for our server."""
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,16 +12,8 @@ if TYPE_CHECKING:
     from lorasb_runtime.engines.base import Engine
 
 
-def check_vllm_flags(engine: str, merged: str | None, vllm_arg: list[str]) -> None:
-    """Raises InputError for flags that do not go with the engine."""
-    if engine == "vllm" and merged is not None:
-        raise InputError("--merged: not with --engine vllm; `lorasb merge` writes a checkpoint")
-    if engine != "vllm" and vllm_arg:
-        raise InputError(f"--vllm-arg: found {vllm_arg[0]!r} without --engine vllm")
-
-
 def vllm_engine(
-    folder: Path, basis: Path | None, config: EngineConfig, vllm_arg: list[str]
+    folder: Path, basis: Path | None, config: EngineConfig, vllm_arg: Sequence[str]
 ) -> "Engine":
     """Raises InputError where vLLM is not installed, and as the engine's `load_engine` does."""
     if find_spec("vllm") is None:

@@ -61,6 +61,7 @@ def build_engine(
         vocab_size=int(model.config.get_text_config().vocab_size),
         dtype=str(model.dtype).removeprefix("torch."),
         core_dtype=str(stored).removeprefix("torch."),
+        max_num_seqs=config.scheduler.max_num_seqs,
     )
     return TorchEngine(
         ModelRunner(model, basis, slots, cache),

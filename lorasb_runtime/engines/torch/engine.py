@@ -2,11 +2,9 @@
 
 import asyncio
 import logging
-import secrets
 import threading
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
 
 from lorasb_runtime.adapters.loaded_adapter import LoadedAdapter
 from lorasb_runtime.adapters.slots import BASE_SLOT, SlotTable
@@ -18,6 +16,7 @@ from lorasb_runtime.engines.base import (
     GenerationRequest,
     check_request,
 )
+from lorasb_runtime.engines.torch.job import Job
 from lorasb_runtime.engines.torch.kv_regions import KVRegions
 from lorasb_runtime.engines.torch.output import SequenceOutput
 from lorasb_runtime.engines.torch.prefix_cache import PrefixCache
@@ -25,30 +24,12 @@ from lorasb_runtime.engines.torch.runner import ModelRunner
 from lorasb_runtime.engines.torch.sampler import Sampler
 from lorasb_runtime.engines.torch.scheduler import Scheduler
 from lorasb_runtime.engines.torch.sequence import Sequence
-from lorasb_runtime.engines.torch.structured import GrammarCompiler, GrammarMatcher
-from lorasb_runtime.errors import EngineError, LorasbError, OverloadedError
+from lorasb_runtime.engines.torch.step_counts import StepCounts
+from lorasb_runtime.engines.torch.structured import GrammarCompiler
+from lorasb_runtime.errors import EngineError, LorasbError
 from lorasb_runtime.models.text import TextCodec
 
 logger = logging.getLogger(__name__)
-
-Event = Chunk | LorasbError
-
-
-@dataclass
-class _Job:
-    """A request inside the engine: its sequences, and where its events go."""
-
-    request: GenerationRequest
-    loop: asyncio.AbstractEventLoop
-    events: "asyncio.Queue[Event]"
-    matcher: GrammarMatcher | None
-    outputs: dict[Sequence, SequenceOutput] = field(default_factory=dict)
-
-    def send(self, event: Event) -> None:
-        try:
-            self.loop.call_soon_threadsafe(self.events.put_nowait, event)
-        except RuntimeError:  # the caller's loop is closed: nobody is left to tell
-            logger.debug("request %s has no listener", self.request.request_id)
 
 
 class TorchEngine:
@@ -74,17 +55,15 @@ class TorchEngine:
         self._regions = regions
         self._slots = slots
         self._eos = eos
-        self._limits = limits
         self._sampler = Sampler(eos)
         self._grammars = GrammarCompiler(codec, info.vocab_size, eos)
         self._scheduler = Scheduler(limits, regions, self._lease, self._release, prefixes)
-        self._jobs: dict[Sequence, _Job] = {}
+        self._jobs: dict[Sequence, Job] = {}
         self._wake = threading.Condition()
-        self._arriving: list[_Job] = []
-        self._leaving: list[_Job] = []
+        self._arriving: list[Job] = []
+        self._leaving: list[Job] = []
         self._closing = False
-        self._steps = 0
-        self._step_seconds = self._forward_seconds = 0.0
+        self._steps = StepCounts()
         self._thread = threading.Thread(target=self._loop, name="lorasb-engine", daemon=True)
 
     @property
@@ -97,6 +76,10 @@ class TorchEngine:
 
     def start(self) -> None:
         self._thread.start()
+
+    def check_health(self) -> None:
+        if self._closing or not self._thread.is_alive():
+            raise EngineError("the engine is not running")
 
     def close(self) -> None:
         with self._wake:
@@ -114,12 +97,15 @@ class TorchEngine:
             slots=slots.capacity if slots else 0,
             kv_tokens_used=self._regions.used,
             kv_tokens=self._regions.budget,
-            steps=self._steps,
-            step_seconds=self._step_seconds,
-            forward_seconds=self._forward_seconds,
+            steps=self._steps.steps,
+            step_seconds=self._steps.seconds,
+            forward_seconds=self._steps.forward_seconds,
             slot_hits=slots.hits if slots else 0,
             slot_fills=sum(slots.fills) if slots else 0,
             slot_evictions=slots.evictions if slots else 0,
+            preemptions=self._scheduler.preemptions,
+            batch_counts=self._steps.batch_counts,
+            batch_sequences=self._steps.sequences,
         )
 
     @property
@@ -135,12 +121,12 @@ class TorchEngine:
             self._slots.release(slot)
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[Chunk]:
-        self._check(request)
+        check_request(request, self._info, has_basis=self._slots is not None)
         matcher = None
         if request.sampling.grammar is not None:
             matcher = await asyncio.to_thread(self._grammars.compile, request.sampling.grammar)
-        job = _Job(request, asyncio.get_running_loop(), asyncio.Queue(), matcher)
-        self._post(job, self._arriving)
+        job = Job(request, asyncio.get_running_loop(), asyncio.Queue(), matcher)
+        self._post(job, arriving=True)
         unfinished = request.n
         try:
             while unfinished:
@@ -152,22 +138,15 @@ class TorchEngine:
                 yield event
         finally:
             if unfinished:
-                self._post(job, self._leaving)
+                self._post(job, arriving=False)
 
-    def _check(self, request: GenerationRequest) -> None:
-        """Refuse what can never run, or cannot be queued now."""
-        check_request(request, self._info, has_basis=self._slots is not None)
-        inside = len(self._jobs) + sum(job.request.n for job in self._arriving)
-        if inside + request.n > self._limits.max_waiting + self._limits.max_num_seqs:
-            raise OverloadedError(f"{inside} sequences are waiting or running already")
-
-    def _post(self, job: _Job, box: list[_Job]) -> None:
+    def _post(self, job: Job, *, arriving: bool) -> None:
         with self._wake:
-            if self._closing or not self._thread.is_alive():
-                if box is self._leaving:
-                    return
-                raise EngineError("the engine is not running")
-            box.append(job)
+            if arriving:
+                self.check_health()
+                self._arriving.append(job)
+            else:
+                self._leaving.append(job)
             self._wake.notify()
 
     def _loop(self) -> None:
@@ -178,6 +157,8 @@ class TorchEngine:
                 except Exception:
                     logger.exception("a step failed")
                     self._fail_running(EngineError("the engine failed on this request"))
+        except Exception:
+            logger.exception("the engine died")
         finally:
             with self._wake:
                 self._closing = True
@@ -194,32 +175,18 @@ class TorchEngine:
             leaving, self._leaving = self._leaving, []
             closing = self._closing
         for job in arriving:
-            self._admit(job)
+            try:
+                self._admit(job)
+            except Exception:
+                logger.exception("a request could not be admitted")
+                self._end(job)
+                job.send(EngineError("the engine failed on this request"))
         for job in leaving:
-            for sequence in list(job.outputs):
-                self._finish(sequence)
+            self._end(job)
         return not closing
 
-    def _admit(self, job: _Job) -> None:
-        request = job.request
-        params = request.sampling
-        longest = self._info.max_model_len
-        room = longest - len(request.prompt)
-        limit = len(request.prompt) + min(room, params.max_tokens or room)
-        seed = secrets.randbits(63) if params.seed is None else params.seed
-        for index in range(request.n):
-            sequence = Sequence(
-                request.request_id,
-                index,
-                list(request.prompt),
-                len(request.prompt),
-                limit,
-                params,
-                seed,
-                request.adapter,
-                request.tenant,
-            )
-            sequence.matcher = job.matcher.copy() if job.matcher else None
+    def _admit(self, job: Job) -> None:
+        for sequence in job.sequences(self._info.max_model_len):
             job.outputs[sequence] = SequenceOutput(sequence, self._codec, self._eos)
             self._jobs[sequence] = job
             self._scheduler.add(sequence)
@@ -230,9 +197,11 @@ class TorchEngine:
         if not step.tokens:
             return
         forward = time.perf_counter()
+        for part in step.prefills:
+            if part.sequence.waited is None:
+                part.sequence.waited = forward - part.sequence.posted
         result = self._runner.run(step)
-        self._forward_seconds += time.perf_counter() - forward
-        self._steps += 1
+        forward_seconds = time.perf_counter() - forward
         for part, logits in result.prompts:
             self._sampler.read_prompt(part.sequence, part.start, logits)
         chosen = self._sampler.choose(result.receivers, result.logits)
@@ -243,7 +212,8 @@ class TorchEngine:
             if chunk.finish_reason is not None:
                 self._finish(sequence)
             job.send(chunk)
-        self._step_seconds += time.perf_counter() - began
+        size = len(step.decodes) + len(step.prefills)
+        self._steps.add(size, time.perf_counter() - began, forward_seconds)
 
     def _finish(self, sequence: Sequence) -> None:
         job = self._jobs.pop(sequence, None)
@@ -251,11 +221,14 @@ class TorchEngine:
             self._scheduler.finish(sequence)
             job.outputs.pop(sequence)
 
+    def _end(self, job: Job) -> None:
+        for sequence in list(job.outputs):
+            self._finish(sequence)
+
     def _fail_running(self, error: EngineError) -> None:
         """End every request that has a sequence in the batch; the waiting ones are not touched."""
         for job in {id(j): j for j in (self._jobs[s] for s in self._scheduler.running)}.values():
-            for sequence in list(job.outputs):
-                self._finish(sequence)
+            self._end(job)
             job.send(error)
         self._scheduler.forget()
 

@@ -33,7 +33,8 @@ class SequenceOutput:
         text, stop = self._release(final=reason is not None)
         if stop is not None:
             reason, stop_reason = "stop", stop
-        first = sequence.generated == 1 and sequence.index == 0
+        first = sequence.generated == 1
+        shows_prompt = first and sequence.index == 0
         return Chunk(
             sequence.index,
             text,
@@ -41,8 +42,9 @@ class SequenceOutput:
             logprobs,
             reason,
             stop_reason,
-            cached_tokens=(sequence.cached or 0) if first else 0,
-            prompt_logprobs=tuple(sequence.prompt_logprobs) if first else (),
+            cached_tokens=(sequence.cached or 0) if shows_prompt else 0,
+            prompt_logprobs=tuple(sequence.prompt_logprobs) if shows_prompt else (),
+            queue_seconds=sequence.waited if first else None,
         )
 
     def _ends(self, token: int) -> tuple[bool, str | int | None]:

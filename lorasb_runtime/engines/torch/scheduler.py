@@ -63,6 +63,7 @@ class Scheduler:
     ) -> None:
         self.waiting = FairQueue()
         self.running: list[Sequence] = []
+        self.preemptions = 0
         self._config = config
         self._regions = regions
         self._lease = lease
@@ -142,6 +143,7 @@ class Scheduler:
         if victim in step.decodes:
             step.decodes.remove(victim)
         self.running.remove(victim)
+        self.preemptions += 1
         self._give_back(victim)
         victim.computed = 0
         self.waiting.put_back(victim)

@@ -19,7 +19,8 @@ class Sequence:
     the KV cache that is its own. Both are None while it waits. `digests` name its whole KV
     blocks; `cached` counts the tokens that its first prefill found in the prefix cache, `kept` says
     that its prompt's blocks were offered to that cache. `matcher` follows the grammar, if any;
-    `prompt_logprobs` holds what is asked for of the prompt, as far as it is computed.
+    `prompt_logprobs` holds what is asked for of the prompt, as far as it is computed. `posted` is
+    when the request came, `waited` how long after that its first step began, in seconds.
     """
 
     request_id: str
@@ -40,6 +41,8 @@ class Sequence:
     kept: bool = False
     matcher: "GrammarMatcher | None" = None
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    posted: float = 0.0
+    waited: float | None = None
 
     @property
     def owner(self) -> str:

@@ -143,18 +143,11 @@ def _engine(
     model, cache = vllm_config.model_config, vllm_config.cache_config
     gauges.kv_tokens = (cache.num_gpu_blocks or 0) * cache.block_size
     dtype = str(model.dtype).removeprefix("torch.")
-    info = EngineInfo(model.max_model_len, model.get_vocab_size(), dtype, dtype)
+    running = config.scheduler.max_num_seqs
+    info = EngineInfo(model.max_model_len, model.get_vocab_size(), dtype, dtype, running)
     bringer = None
     if basis is not None:
         lora = vllm_config.lora_config
         held = HeldVersions(basis, lora.lora_dtype, lora.max_loras, lambda: numbers_in_use(client))
         bringer = AdapterBringer(client, held)
-    limits = config.scheduler
-    return VllmEngine(
-        client,
-        TextCodec(load_tokenizer(folder)),
-        info,
-        bringer,
-        gauges,
-        limits.max_waiting + limits.max_num_seqs,
-    )
+    return VllmEngine(client, TextCodec(load_tokenizer(folder)), info, bringer, gauges)

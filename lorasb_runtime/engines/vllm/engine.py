@@ -19,7 +19,7 @@ from lorasb_runtime.engines.base import (
 from lorasb_runtime.engines.vllm.gauges import Gauges, SlotReport
 from lorasb_runtime.engines.vllm.held_versions import AdapterBringer
 from lorasb_runtime.engines.vllm.translate import chunks_of, vllm_sampling
-from lorasb_runtime.errors import EngineError, InputError, LorasbError, OverloadedError
+from lorasb_runtime.errors import EngineError, InputError, LorasbError
 from lorasb_runtime.models.text import TextCodec
 
 logger = logging.getLogger(__name__)
@@ -40,15 +40,13 @@ class VllmEngine:
         info: EngineInfo,
         bringer: AdapterBringer | None,
         gauges: Gauges,
-        max_open: int,
     ) -> None:
-        """client: vLLM's AsyncLLM. max_open: completions running or waiting at once."""
+        """client: vLLM's AsyncLLM."""
         self._client = client
         self._codec = codec
         self._info = info
         self._bringer = bringer
         self._gauges = gauges
-        self._max_open = max_open
         self._open = 0
         self._reporter: asyncio.Task[None] | None = None
         self._closed = False
@@ -73,14 +71,15 @@ class VllmEngine:
     def stats(self) -> EngineStats:
         return self._gauges.stats()
 
+    def check_health(self) -> None:
+        if self._closed or self._client.errored:
+            raise EngineError("the engine is not running")
+
     async def generate(self, request: GenerationRequest) -> AsyncIterator[Chunk]:
         check_request(request, self._info, has_basis=self._bringer is not None)
         room = self._info.max_model_len - len(request.prompt)
         params = vllm_sampling(request, room)
-        if self._open + request.n > self._max_open:
-            raise OverloadedError(f"{self._open} sequences are waiting or running already")
-        if self._closed:
-            raise EngineError("the engine is not running")
+        self.check_health()
         self._open += request.n
         try:
             async for chunk in self._run(request, params):
