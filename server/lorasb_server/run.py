@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import multiprocessing
 import os
 import socket
 import ssl
@@ -46,7 +47,12 @@ def run_server(load: Load, listen: ListenConfig) -> None:
 
 
 def leave(status: int) -> NoReturn:
-    """End this process now, whatever its threads are at: loading, or waiting for a store."""
+    """End this process now, whatever its threads are at: loading, or waiting for a store.
+
+    An engine's own processes end with it.
+    """
+    for child in multiprocessing.active_children():
+        child.kill()
     logging.shutdown()
     os._exit(status)
 

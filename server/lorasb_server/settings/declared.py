@@ -27,7 +27,10 @@ def _split(value: object) -> object:
     if not isinstance(value, str):
         return value
     if value.startswith("["):
-        return json.loads(value)  # what is none raises a ValueError, which names the setting
+        try:
+            return json.loads(value)
+        except ValueError:
+            raise ValueError("expected a list in JSON") from None
     return [part.strip() for part in value.split(",")]
 
 
