@@ -152,12 +152,14 @@ class Verifier:
 
 
 def _continue(model: Any, prompt: list[int]) -> list[int]:
-    """The prompt and NEW_TOKENS more, each the likeliest."""
-    tokens = list(prompt)
+    """The prompt and NEW_TOKENS more, each the likeliest; with the model's cache if it has one."""
+    tokens, new, cache = list(prompt), list(prompt), None
     with torch.inference_mode():
         for _ in range(NEW_TOKENS):
-            logits = model(input_ids=torch.tensor([tokens]), use_cache=False).logits
-            tokens.append(int(logits[0, -1].argmax()))
+            out = model(input_ids=torch.tensor([new]), past_key_values=cache, use_cache=True)
+            tokens.append(int(out.logits[0, -1].argmax()))
+            cache = getattr(out, "past_key_values", None)
+            new = tokens[-1:] if cache is not None else tokens
     return tokens
 
 
