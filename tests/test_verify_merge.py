@@ -7,10 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 from bases import basis_for, random_adapter, random_basis, reference_logits
 from conftest import Run
-from merging import deltas_of, merge
+from merging import deltas_of, merge, tensors_of
 
 from lorasb_runtime.errors import InputError, VerificationError
 from lorasb_runtime.merging import checkpoint
@@ -21,7 +22,7 @@ from lorasb_runtime.merging.verify import NEW_TOKENS, Verification, Verifier
 from lorasb_runtime.models.load import load_tokenizer
 from lorasb_runtime.storage.adapter_file import Adapter, save_adapter
 from lorasb_runtime.storage.basis_file import Basis, save_basis
-from lorasb_runtime.storage.checkpoint import open_checkpoint
+from lorasb_runtime.storage.checkpoint import SINGLE, open_checkpoint
 
 PROMPTS = ["Hello", "xyz"]
 
@@ -61,6 +62,18 @@ def test_a_right_merge_differs_by_no_more_than_rounding(
         assert found.agreeing == found.tokens
     else:
         assert 1e-3 < found.difference <= found.allowed < found.effect
+
+
+def test_a_float64_model_is_verified_too(pico: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(pico, model)
+    tensors = {name: tensor.double() for name, tensor in tensors_of(pico).items()}
+    safetensors.torch.save_file(tensors, model / SINGLE, {"format": "pt"})
+    basis = random_basis(model, rank=4)
+    adapter = random_adapter(basis, 0)
+    merge(model, basis, tmp_path / "out", adapter)
+    found = verify(model, basis, adapter, tmp_path / "out", MergeConfig())
+    assert found.difference < 1e-4 < found.effect
 
 
 def wrong_sign(basis: Basis, adapter: Adapter) -> Adapter:

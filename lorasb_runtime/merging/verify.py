@@ -133,7 +133,9 @@ class Verifier:
             if entry.dtype not in DTYPES:
                 continue
             dtype = self._config.dtype or DTYPES[entry.dtype]
-            exact = state[name].float() if name not in targets else state[name].double()
+            exact = state[name].float()
+            if name in targets:  # a copy, as what is mapped must not be changed
+                exact = state[name].to(torch.float64, copy=True)
             for expert, index in targets.get(name, ()):
                 part = exact if expert is None else exact[expert]
                 self._add(part, index, dtype if rounded else None)
