@@ -354,7 +354,6 @@ REFUSED: list[tuple[str, dict[str, Any], int, str | None]] = [
     ("chat/completions", {**CHAT, "adapter": "nobody"}, 404, "adapter"),
     ("chat/completions", {**CHAT, "model": "../x"}, 404, "model"),
     ("chat/completions", {**CHAT, "model": "alice", "adapter": "alice"}, 400, "adapter"),
-    ("completions", {**PLAIN, "echo": True}, 400, "echo"),
     ("completions", {**PLAIN, "suffix": "y"}, 400, "suffix"),
     ("completions", {**PLAIN, "best_of": 2}, 400, "best_of"),
     ("completions", {**PLAIN, "prompt": ""}, 400, "prompt"),
