@@ -314,7 +314,7 @@ def test_serve_refuses_flags_that_do_not_go_with_its_engine(
 ) -> None:
     for words, message in (
         (["--vllm-arg", "seed=1"], "--vllm-arg: found 'seed=1' without --engine vllm"),
-        (["--engine", "sglang"], "engine: found 'sglang', expected one of torch, vllm"),
+        (["--engine", "sglang"], "--engine: found 'sglang', input should be 'torch' or 'vllm'"),
         (["--engine", "vllm"], "--engine vllm: vLLM is not installed here"),
     ):
         status, _, said = command("serve", pico, *words)
