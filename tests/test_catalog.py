@@ -110,6 +110,29 @@ def test_publish_roll_back_and_prune_by_command(tmp_path: Path) -> None:
     assert "team/alice" in text and "2 versions" in text and "seconds ago" in text
 
 
+def test_a_folder_of_adapters_is_published_whole_or_refused(tmp_path: Path) -> None:
+    folder, store = tmp_path / "files", tmp_path / "store"
+    folder.mkdir()
+    for name in ("ann", "ben"):
+        (folder / f"{name}.safetensors").write_bytes(adapter_bytes(BASIS, 1.0))
+    (folder / "basis.safetensors").write_bytes(b"left alone")
+    said = lorasb("publish", folder, store)
+    assert [row["name"] for row in said["published"]] == ["ann", "ben"]
+    lorasb("publish", folder, store, "team")
+    names = [str(name) for name in AdapterStore(str(store)).names()]
+    assert names == ["ann", "ben", "team/ann", "team/ben"]
+    (folder / "cat.safetensors").write_bytes(b"damaged")
+    for words, text in (
+        ((folder, tmp_path / "other"), "cat.safetensors"),
+        ((tmp_path, store), "found no adapter files"),
+        ((folder, store, "a/b"), "namespace"),
+        ((folder / "ann.safetensors", store), "found a file and no NAME"),
+    ):
+        result = CliRunner().invoke(app, ["publish", *map(str, words)])
+        assert result.exit_code and text in str(result.exception)
+    assert not (tmp_path / "other").exists()
+
+
 def test_roll_backs_by_command_that_cannot_be(tmp_path: Path) -> None:
     store = AdapterStore(str(tmp_path))
     version = store.publish(ALICE, b"x")

@@ -6,10 +6,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from lorasb_runtime.adapters.names import parse_name
+from lorasb_runtime.adapters.publishing import BASIS_FILE
 from lorasb_runtime.errors import ConflictError, InputError
 from lorasb_runtime.storage import atomic
 
-BASIS_FILE = "basis.safetensors"
 # What training runs call every checkpoint; the folder above has the name that tells them apart.
 NAMELESS = ("final_model", "ft")
 
@@ -33,7 +33,9 @@ def check_output_folder(path: Path, holds: Sequence[str], *, force: bool) -> Non
         raise ConflictError(f"{path}: already exists; choose another output or pass --force")
     if path.is_symlink() or not path.is_dir():
         raise ConflictError(f"{path}: found something other than a folder, expected one to replace")
-    for entry in path.iterdir():
+    for entry in path.rglob("*"):
+        if entry.is_dir() and not entry.is_symlink():
+            continue
         if not entry.is_file() or not any(entry.match(pattern) for pattern in holds):
             raise ConflictError(
                 f"{path}: found {entry.name} in it, expected nothing but {', '.join(holds)} in a "

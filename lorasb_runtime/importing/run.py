@@ -7,17 +7,13 @@ from typing import Any
 
 import torch
 
+from lorasb_runtime.adapters.publishing import BASIS_FILE
 from lorasb_runtime.errors import InputError, TooLargeError
 from lorasb_runtime.importing.folder import CheckpointFolder
 from lorasb_runtime.importing.foreign import ForeignAdapter, Report
 from lorasb_runtime.importing.merged import read_merged
 from lorasb_runtime.importing.model import Model, check_modules, open_import_model
-from lorasb_runtime.importing.output import (
-    BASIS_FILE,
-    adapter_names,
-    check_output_folder,
-    output_folder,
-)
+from lorasb_runtime.importing.output import adapter_names, check_output_folder, output_folder
 from lorasb_runtime.importing.own_basis import own_basis
 from lorasb_runtime.importing.readers import boosters, read_foreign
 from lorasb_runtime.importing.rebase import Fit, Rebased, rebase_all

@@ -1,7 +1,7 @@
 """How commands speak: results on stdout (text or JSON), progress and notes on stderr."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,6 +25,7 @@ JSON_FLAG = typer.Option(False, "--json", help="Print the result as one JSON obj
 
 stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
+LONGEST = 400  # characters of a value that are shown to people
 
 def emit(result: dict[str, Any], text: str, as_json: bool) -> None:
     """Print a command's result: `text` for people or `result` as one line of JSON."""
@@ -34,6 +35,38 @@ def emit(result: dict[str, Any], text: str, as_json: bool) -> None:
 def note(text: str) -> None:
     """Tell the person at the terminal something that is not the result."""
     stderr.print(text, markup=False)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lines with aligned columns; those whose cells are numbers are set to the right."""
+    columns = list(zip(head, *rows, strict=True))
+    lines = []
+    for cells in (head, *rows):
+        parts = []
+        for cell, column in zip(cells, columns, strict=True):
+            width = max(len(text) for text in column)
+            right = any(column[1:]) and all(_is_number(text) for text in column[1:])
+            parts.append(cell.rjust(width) if right else cell.ljust(width))
+        lines.append("  ".join(parts).rstrip())
+    return lines
+
+
+def value_text(value: Any) -> str:
+    """Numbers as people read them, anything else as compact JSON."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}... (--json has all)"
+
+
+def _is_number(text: str) -> bool:
+    return not text.strip("0123456789.,+-e %") if text else True
 
 
 @contextmanager
