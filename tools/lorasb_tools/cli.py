@@ -10,9 +10,12 @@ from lorasb_runtime.errors import InputError, LorasbError
 from lorasb_tools import (
     bench,
     blend,
+    compress,
     derive,
+    diff,
     export,
     import_,
+    inspect_,
     keys,
     merge,
     pack,
@@ -42,6 +45,9 @@ app.command("unmerge")(unmerge.unmerge)
 app.command("blend")(blend.blend)
 app.command("import")(import_.import_)
 app.command("export")(export.export)
+app.command("compress")(compress.compress)
+app.command("inspect")(inspect_.inspect)
+app.command("diff")(diff.diff)
 app.add_typer(bench.app, name="bench")
 app.add_typer(keys.app, name="keys")
 
