@@ -12,14 +12,14 @@ from lorasb_runtime.adapters.publishing import BASIS_FILE
 from lorasb_runtime.basis.clusters import cluster
 from lorasb_runtime.errors import InputError, TooLargeError
 from lorasb_runtime.importing.collection import Collection, open_collection
-from lorasb_runtime.importing.foreign import ForeignAdapter, Report
+from lorasb_runtime.importing.foreign import ForeignAdapter
 from lorasb_runtime.importing.joint_basis import CoreRows, joint_basis
 from lorasb_runtime.importing.model import open_import_model
 from lorasb_runtime.importing.output import adapter_names, check_output_folder, output_folder
 from lorasb_runtime.importing.rebase import Fit
 from lorasb_runtime.storage.adapter_file import Adapter, save_adapter
 from lorasb_runtime.storage.basis_file import Basis, save_basis
-from lorasb_runtime.types import TargetModule, core_offsets
+from lorasb_runtime.types import Report, TargetModule, core_offsets
 
 HOLDS = ("*.safetensors",)  # what a folder of ours has in it
 SAMPLED_MODULES = 6  # by which adapters are put into clusters

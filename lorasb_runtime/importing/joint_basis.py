@@ -10,10 +10,9 @@ import torch
 from lorasb_runtime.basis.joint_cores import JointModule, joint_module
 from lorasb_runtime.errors import InputError
 from lorasb_runtime.importing.collection import Collection
-from lorasb_runtime.importing.foreign import Report
 from lorasb_runtime.importing.rebase import Fit
 from lorasb_runtime.storage.basis_file import Basis
-from lorasb_runtime.types import TargetModule
+from lorasb_runtime.types import Report, TargetModule
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 

@@ -27,6 +27,7 @@ stderr = Console(stderr=True, highlight=False, soft_wrap=True)
 
 LONGEST = 400  # characters of a value that are shown to people
 
+
 def emit(result: dict[str, Any], text: str, as_json: bool) -> None:
     """Print a command's result: `text` for people or `result` as one line of JSON."""
     typer.echo(json.dumps(result, ensure_ascii=False) if as_json else text)
