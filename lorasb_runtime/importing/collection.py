@@ -7,11 +7,11 @@ from pathlib import Path
 from lorasb_runtime.basis.stack import LowRank, Stack, make_stack
 from lorasb_runtime.errors import BasisMismatchError
 from lorasb_runtime.importing.folder import CheckpointFolder
-from lorasb_runtime.importing.foreign import Delta, Factors, ForeignAdapter, Report
+from lorasb_runtime.importing.foreign import Delta, Factors, ForeignAdapter
 from lorasb_runtime.importing.model import Model, check_modules
 from lorasb_runtime.importing.peft_tensors import in_model_order
 from lorasb_runtime.importing.readers import read_foreign
-from lorasb_runtime.types import BaseModelId
+from lorasb_runtime.types import BaseModelId, Report
 
 
 @dataclass(frozen=True)

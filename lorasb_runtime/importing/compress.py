@@ -12,14 +12,15 @@ from lorasb_runtime.adapters.publishing import BASIS_FILE
 from lorasb_runtime.basis.clusters import cluster
 from lorasb_runtime.errors import InputError, TooLargeError
 from lorasb_runtime.importing.collection import Collection, open_collection
-from lorasb_runtime.importing.foreign import ForeignAdapter, Report
+from lorasb_runtime.importing.foreign import ForeignAdapter
 from lorasb_runtime.importing.joint_basis import CoreRows, joint_basis
 from lorasb_runtime.importing.model import open_import_model
 from lorasb_runtime.importing.output import adapter_names, check_output_folder, output_folder
 from lorasb_runtime.importing.rebase import Fit
+from lorasb_runtime.ops.threads import one_thread
 from lorasb_runtime.storage.adapter_file import Adapter, save_adapter
 from lorasb_runtime.storage.basis_file import Basis, save_basis
-from lorasb_runtime.types import TargetModule, core_offsets
+from lorasb_runtime.types import Report, TargetModule, core_offsets
 
 HOLDS = ("*.safetensors",)  # what a folder of ours has in it
 SAMPLED_MODULES = 6  # by which adapters are put into clusters
@@ -118,7 +119,8 @@ def compress(
     check_output_folder(output, HOLDS, force=force)
     names = adapter_names(paths)
     model = None if config.model is None else open_import_model(config.model)
-    found = open_collection(paths, model, report)
+    with one_thread():
+        found = open_collection(paths, model, report)
     groups = _groups(found, config, report)
     adapters: dict[int, Compressed] = {}
     bases = []
@@ -142,13 +144,12 @@ def _groups(found: Collection, config: CompressConfig, report: Report) -> list[l
     stacks = [stack for module in sample if (stack := found.stack(module, everyone)).batches]
     if not stacks:
         raise InputError(f"found no delta but zeros in {', '.join(sample)}, expected some")
-    assigned = cluster(
-        stacks,
-        config.clusters,
-        config.rank,
-        config.seed,
-        lambda done, total, loss: report("cluster", done, total, f"squared error {loss:.3f}"),
-    )
+
+    def tell(done: int, total: int, loss: float) -> None:
+        report("cluster", done, total, f"squared error {loss:.3f}")
+
+    with one_thread():
+        assigned = cluster(stacks, config.clusters, config.rank, config.seed, tell)
     return [torch.nonzero(assigned == i).flatten().tolist() for i in range(config.clusters)]
 
 

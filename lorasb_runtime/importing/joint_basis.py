@@ -1,6 +1,9 @@
 """One joint basis for a collection, solved module by module, and a core in it for each adapter."""
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
@@ -9,11 +12,13 @@ import torch
 
 from lorasb_runtime.basis.joint_cores import JointModule, joint_module
 from lorasb_runtime.errors import InputError
-from lorasb_runtime.importing.collection import Collection
-from lorasb_runtime.importing.foreign import Report
+from lorasb_runtime.importing.collection import Collection, Shape
 from lorasb_runtime.importing.rebase import Fit
+from lorasb_runtime.ops.threads import one_thread
 from lorasb_runtime.storage.basis_file import Basis
-from lorasb_runtime.types import TargetModule
+from lorasb_runtime.types import Report, TargetModule
+
+MOST_WORKERS = 4  # modules that are solved, and held in memory, at once
 
 Floats = np.ndarray[Any, np.dtype[np.float32]]
 
@@ -69,32 +74,66 @@ def joint_basis(
 ) -> JointBasis:
     """A basis of rank `rank` at most for the adapters at `places`; their cores go into `rows`.
 
-    One module's factors are in memory at a time, beside the basis itself. A module that none of
+    A few modules' factors are in memory at a time, beside the basis itself. A module that none of
     them changes is no target. Raises InputError where they change none at all.
     """
     curve = _Curve(rank, len(places))
     fits: list[dict[str, Fit]] = [{} for _ in places]
-    targets, tensors, spectrum = [], {}, {}
-    for done, (module, shape) in enumerate(found.shapes.items(), 1):
-        stack = found.stack(module, places)
-        solved = joint_module(stack, rank, seed) if stack.batches else None
-        _note_fits(fits, found, places, module, solved)
-        if solved is not None:
-            width = solved.b.shape[1]
-            targets.append(
-                TargetModule(module, width, shape.in_features, shape.out_features, shape.transposed)
-            )
-            tensors[f"{module}.A"], tensors[f"{module}.B"] = solved.a, solved.b.contiguous()
-            spectrum[module] = [float(f"{value:.4g}") for value in solved.spectrum.tolist()]
-            rows.add(solved.cores)
-            curve.add(solved)
-        report("solve", done, len(found.shapes), module)
-    if not targets:
+    made = _Tensors()
+    with closing(_solve_all(found, places, rank, seed)) as modules:
+        for done, (module, solved) in enumerate(modules, 1):
+            _note_fits(fits, found, places, module, solved)
+            if solved is not None:
+                made.add(module, found.shapes[module], solved)
+                rows.add(solved.cores)
+                curve.add(solved)
+            report("solve", done, len(found.shapes), module)
+    if not made.targets:
         first = found.adapters[places[0]].source
         raise InputError(f"{first} and {len(places) - 1} more: found no delta but zeros")
-    info = {**info, "rank": rank, "seed": seed, "loras": len(places), "spectrum": spectrum}
-    basis = Basis(tuple(targets), tensors, "joint", 1.0, found.base_model, info)
+    info = {**info, "rank": rank, "seed": seed, "loras": len(places), "spectrum": made.spectrum}
+    basis = Basis(tuple(made.targets), made.tensors, "joint", 1.0, found.base_model, info)
     return JointBasis(basis, fits, curve.means())
+
+
+class _Tensors:
+    """A basis' parts, module after module."""
+
+    def __init__(self) -> None:
+        self.targets: list[TargetModule] = []
+        self.tensors: dict[str, torch.Tensor] = {}
+        self.spectrum: dict[str, list[float]] = {}  # rounded, as it is to be looked at
+
+    def add(self, module: str, shape: Shape, solved: JointModule) -> None:
+        sizes = (shape.in_features, shape.out_features)
+        self.targets.append(TargetModule(module, solved.b.shape[1], *sizes, shape.transposed))
+        self.tensors[f"{module}.A"] = solved.a
+        self.tensors[f"{module}.B"] = solved.b.contiguous()
+        self.spectrum[module] = [float(f"{value:.4g}") for value in solved.spectrum.tolist()]
+
+
+def _solve_all(
+    found: Collection, places: Sequence[int], rank: int, seed: int
+) -> Generator[tuple[str, JointModule | None], None, None]:
+    """Every module in its turn, None where all deltas are zero; several are solved at once.
+
+    Each on one thread: its matrices are too small to be worth sharing.
+    """
+
+    def solve(module: str) -> JointModule | None:
+        stack = found.stack(module, places)
+        return joint_module(stack, rank, seed) if stack.batches else None
+
+    workers = min(MOST_WORKERS, torch.get_num_threads())
+    with one_thread(), ThreadPoolExecutor(workers, "lorasb-joint") as pool:
+        futures = deque((module, pool.submit(solve, module)) for module in found.shapes)
+        try:
+            while futures:
+                module, future = futures.popleft()
+                yield module, future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
 
 
 def _note_fits(

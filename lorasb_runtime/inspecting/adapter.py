@@ -7,7 +7,7 @@ from lorasb_runtime.inspecting.basis import target_facts
 from lorasb_runtime.inspecting.inspection import Inspection, ModuleRow
 from lorasb_runtime.inspecting.weight_space import WeightSpace, singular_values
 from lorasb_runtime.storage.adapter_file import load_adapter
-from lorasb_runtime.storage.basis_file import load_basis
+from lorasb_runtime.storage.basis_file import map_basis
 
 OF_DELTA = "singular values of the delta"
 
@@ -15,9 +15,9 @@ OF_DELTA = "singular values of the delta"
 def inspect_adapter(path: Path, basis_path: Path | None) -> Inspection:
     """An adapter file's facts and, with its basis, a row for each target.
 
-    Raises what `load_adapter` and `load_basis` raise.
+    Raises what `load_adapter` and `map_basis` raise.
     """
-    basis = None if basis_path is None else load_basis(basis_path)
+    basis = None if basis_path is None else map_basis(basis_path)
     adapter = load_adapter(path, basis)
     cores = adapter.cores.double()
     facts: dict[str, Any] = {

@@ -6,7 +6,7 @@ from typing import Any
 from lorasb_runtime.errors import FileFormatError
 from lorasb_runtime.inspecting.inspection import Inspection, ModuleRow
 from lorasb_runtime.inspecting.weight_space import WeightSpace, singular_values
-from lorasb_runtime.storage.basis_file import Basis, load_basis
+from lorasb_runtime.storage.basis_file import Basis, map_basis
 from lorasb_runtime.types import TargetModule
 
 OF_R0 = "singular values of B R0 A, the first step at learning rate 1"
@@ -16,8 +16,8 @@ SPECTRUM = "spectrum"  # in a joint basis' info: {module: [r numbers]}
 
 
 def inspect_basis(path: Path) -> Inspection:
-    """A basis file's facts and a row for each target. Raises what `load_basis` raises."""
-    basis = load_basis(path)
+    """A basis file's facts and a row for each target. Raises what `map_basis` raises."""
+    basis = map_basis(path)
     space = WeightSpace(basis)
     spectrum_of, spectra = _spectra(basis, space, str(path))
     rows = tuple(

@@ -15,7 +15,7 @@ from lorasb_runtime.adapters.publishing import BASIS_FILE, adapter_files
 from lorasb_runtime.adapters.store import AdapterStore
 from lorasb_runtime.errors import BasisMismatchError, FileFormatError, InputError
 from lorasb_runtime.inspecting.distances import distance_matrix, gram_matrix
-from lorasb_runtime.inspecting.inspection import AdapterRow, Inspection, Report
+from lorasb_runtime.inspecting.inspection import AdapterRow, Inspection
 from lorasb_runtime.inspecting.weight_space import WeightSpace
 from lorasb_runtime.storage.adapter_file import (
     Adapter,
@@ -23,7 +23,8 @@ from lorasb_runtime.storage.adapter_file import (
     load_adapter,
     parse_adapter,
 )
-from lorasb_runtime.storage.basis_file import load_basis
+from lorasb_runtime.storage.basis_file import map_basis
+from lorasb_runtime.types import Report
 
 MEASURED = 500  # adapters at most whose distances are taken
 MEMORY = 1 << 30  # bytes at most of their cores
@@ -79,7 +80,7 @@ def inspect_collection(
     if not found.names:
         raise InputError(f"{found.source}: found no adapters, expected at least one")
     basis_path = basis_path or found.basis
-    space = None if basis_path is None else WeightSpace(load_basis(basis_path))
+    space = None if basis_path is None else WeightSpace(map_basis(basis_path))
     notes: list[str] = []
     read = _read_some(found, notes, report)
     fitting = _of_one_basis(read, space, found.source, notes)

@@ -8,7 +8,7 @@ from lorasb_runtime.inspecting.diff_bases import diff_bases
 from lorasb_runtime.inspecting.diff_models import diff_models
 from lorasb_runtime.inspecting.difference import Difference
 from lorasb_runtime.inspecting.inspect import kind_of
-from lorasb_runtime.inspecting.inspection import Report
+from lorasb_runtime.types import Report
 
 
 def diff(

@@ -11,7 +11,7 @@ from lorasb_runtime.errors import BasisMismatchError
 from lorasb_runtime.inspecting.difference import Difference
 from lorasb_runtime.inspecting.weight_space import WeightSpace
 from lorasb_runtime.storage.adapter_file import check_basis, load_adapter
-from lorasb_runtime.storage.basis_file import load_basis
+from lorasb_runtime.storage.basis_file import map_basis
 
 
 def diff_adapters(a: Path, b: Path, basis_path: Path | None) -> Difference:
@@ -27,7 +27,7 @@ def diff_adapters(a: Path, b: Path, basis_path: Path | None) -> Difference:
         whole = _Pair.of(one.cores.double(), other.cores.double())
         of = "cores; for the merged weights, and for each module, pass --basis"
     else:
-        basis = load_basis(basis_path)
+        basis = map_basis(basis_path)
         check_basis(one, basis, str(a))
         space = WeightSpace(basis)
         pairs = [

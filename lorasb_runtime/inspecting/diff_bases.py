@@ -7,16 +7,16 @@ from typing import Any
 import torch
 
 from lorasb_runtime.inspecting.difference import Difference
-from lorasb_runtime.storage.basis_file import Basis, load_basis
+from lorasb_runtime.storage.basis_file import Basis, map_basis
 
 
 def diff_bases(a: Path, b: Path) -> Difference:
     """Principal angles between the spans of B's columns and of A's rows, in degrees.
 
     overlap: the share of a random core's energy on the first basis that the second can hold, if B
-    and A are orthonormal. Raises what `load_basis` raises.
+    and A are orthonormal. Raises what `map_basis` raises.
     """
-    one, other = load_basis(a), load_basis(b)
+    one, other = map_basis(a), map_basis(b)
     mine, theirs = ({t.module: t for t in basis.targets} for basis in (one, other))
     shared = [m for m in mine if m in theirs and _shape(one, m) == _shape(other, m)]
     rows = sorted((_row(one, other, module) for module in shared), key=lambda r: r["overlap"])

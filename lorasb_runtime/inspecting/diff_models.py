@@ -9,8 +9,8 @@ import torch
 from safetensors import safe_open
 
 from lorasb_runtime.inspecting.difference import Difference
-from lorasb_runtime.inspecting.inspection import Report
 from lorasb_runtime.storage.checkpoint import Checkpoint, open_checkpoint
+from lorasb_runtime.types import Report
 
 BLOCK = 1 << 20  # numbers that are compared at once
 IGNORED = ("transformers_version", "_name_or_path")  # say who wrote the configuration

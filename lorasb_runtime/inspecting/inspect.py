@@ -15,10 +15,11 @@ from lorasb_runtime.inspecting.collection import (
     open_folder,
     open_store,
 )
-from lorasb_runtime.inspecting.inspection import Inspection, Report
+from lorasb_runtime.inspecting.inspection import Inspection
 from lorasb_runtime.inspecting.model import inspect_model
 from lorasb_runtime.storage import adapter_file, basis_file, pack_file, tensor_file
 from lorasb_runtime.storage.checkpoint import INDEX, SINGLE
+from lorasb_runtime.types import Report
 
 KINDS = "a basis, an adapter, a pack, a store, a folder of adapters, a model or a checkpoint"
 

@@ -1,7 +1,6 @@
 """What looking at something gives: facts, and a row for each module or adapter in it."""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,8 +8,6 @@ import torch
 
 from lorasb_runtime.inspecting.distances import distance_matrix
 from lorasb_runtime.types import TargetModule
-
-Report = Callable[[str, int, int, str], None]  # phase, done, total, note
 
 
 @dataclass(frozen=True)

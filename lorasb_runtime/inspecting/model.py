@@ -1,22 +1,23 @@
 """A model folder: what it holds, and, where it is a merged one, what was merged into it."""
 
-import json
 import re
 from collections import defaultdict
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import metadata_load
-from yaml import YAMLError
-
 from lorasb_runtime.inspecting.inspection import Inspection
-from lorasb_runtime.storage import tensor_file
+from lorasb_runtime.merging.folder_files import CARD
+from lorasb_runtime.merging.record import (
+    DTYPES_KEY,
+    EARLIER_KEY,
+    PREFIX,
+    MergeRecord,
+    read_card,
+    shard_metadata,
+)
 from lorasb_runtime.storage.checkpoint import Checkpoint, fingerprint, open_checkpoint
 
-PREFIX = "lorasb."  # of what `lorasb merge` puts into the shards' metadata
-OF_ONE_SHARD = ("source_dtypes", "earlier")  # what differs from one shard to the next
-CARD = "README.md"
+OF_ONE_SHARD = (DTYPES_KEY, EARLIER_KEY)  # what differs from one shard to the next
 CARD_KEYS = ("base_model", "base_model_relation", "license", "tags")
 
 
@@ -34,46 +35,26 @@ def inspect_model(path: Path) -> Inspection:
         "dtypes": sorted({entry.dtype for entry in checkpoint.tensors.values()}),
         "quantized": config.get("quantization_config") is not None,
         "merged_from": _provenance(checkpoint, notes),
-        "model_card": _card(path / CARD, notes),
+        "model_card": {k: v for k, v in read_card(path / CARD).items() if k in CARD_KEYS} or None,
     }
     return Inspection("model", str(path), facts, tensors=_tensors(checkpoint), notes=tuple(notes))
 
 
 def _provenance(checkpoint: Checkpoint, notes: list[str]) -> dict[str, Any] | None:
-    """What the shards say of a merge, None where they say nothing."""
-    said: dict[str, str] = {}
-    for shard in checkpoint.shards:
-        header, _ = tensor_file.read_header(checkpoint.folder / shard)
-        for key, value in header.get("__metadata__", {}).items():
-            name = key.removeprefix(PREFIX)
-            if not key.startswith(PREFIX) or name in OF_ONE_SHARD:
-                continue
-            if said.setdefault(name, value) != value:
-                notes.append(f"warning: {shard} says another {key} than the shards before it")
-    if not said:
+    """What the first shard says of a merge, None where it says nothing."""
+    record = MergeRecord.read(checkpoint)
+    if record is None:
         notes.append("nothing in it says that lorasb merged anything into it")
         return None
-    return {key: _parsed(value) for key, value in sorted(said.items())}
-
-
-def _parsed(text: str) -> Any:
-    """JSON where it is an object or a list, else the text as it is."""
-    if text.startswith(("{", "[")):
-        with suppress(ValueError):
-            return json.loads(text)
-    return text
-
-
-def _card(path: Path, notes: list[str]) -> dict[str, Any] | None:
-    """What the model card's header says of the model's origin, None where there is no card."""
-    if not path.is_file():
-        return None
-    try:
-        data = metadata_load(path) or {}
-    except (ValueError, YAMLError) as error:
-        notes.append(f"{path.name}: its header is no YAML ({' '.join(str(error).split())[:80]})")
-        return {}
-    return {key: data[key] for key in CARD_KEYS if key in data}
+    for shard in checkpoint.shards:
+        for key, value in shard_metadata(checkpoint.folder / shard).items():
+            said = record.provenance.get(key.removeprefix(PREFIX))
+            if key.startswith(PREFIX) and key not in OF_ONE_SHARD and value != said:
+                notes.append(f"warning: {shard} says another {key} than the first shard")
+    found = record.as_json()
+    if EARLIER_KEY in shard_metadata(checkpoint.folder / checkpoint.shards[0]):
+        notes.append("it was merged into a model that had been merged before; the last is shown")
+    return found
 
 
 def _tensors(checkpoint: Checkpoint) -> tuple[dict[str, Any], ...]:

@@ -2,7 +2,6 @@
 
 import hashlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -135,17 +134,3 @@ def rows_of(delta: Delta, part: slice, transposed: bool) -> torch.Tensor:
     if transposed:
         return delta.block(slice(None), part).t().contiguous()
     return delta.block(part, slice(None)).contiguous()
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Keep torch to one thread: blocks are small, and waiting for a busy core costs far more.
-
-    Threads that start meanwhile keep to it as well.
-    """
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

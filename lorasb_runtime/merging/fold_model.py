@@ -5,9 +5,10 @@ from torch import nn
 
 from lorasb_runtime.errors import BasisMismatchError, InputError
 from lorasb_runtime.merging.delta import core_deltas
-from lorasb_runtime.merging.fold import adding_dtype, fold_target, one_thread
+from lorasb_runtime.merging.fold import adding_dtype, fold_target
 from lorasb_runtime.merging.survival import Survival
 from lorasb_runtime.models.targets import is_linear, is_transposed, weight_of
+from lorasb_runtime.ops.threads import one_thread
 from lorasb_runtime.storage.basis_file import Basis
 
 

@@ -163,7 +163,7 @@ def write_card(folder: Path, record: MergeRecord, total: Survival) -> None:
         "base_model_relation": "finetune",
         "library_name": "transformers",
         "tags": ["lorasb", "merge"],
-        **_inherited(folder / folder_files.BASE_CARD),
+        **{k: v for k, v in read_card(folder / folder_files.BASE_CARD).items() if k in INHERITED},
     }
     header = yaml.safe_dump({k: v for k, v in data.items() if v is not None}, sort_keys=False)
     lines = [
@@ -199,13 +199,11 @@ def _table(said: Mapping[str, Any]) -> list[str]:
     return ["| | |", "|---|---|", *(f"| {k} | `{v}` |" for k, v in rows if v is not None)]
 
 
-def _inherited(card: Path) -> dict[str, Any]:
-    """From the base model's card, where it has one whose header can be read."""
+def read_card(card: Path) -> dict[str, Any]:
+    """A model card's header; empty where there is no card, or none whose header can be read."""
     try:
         text = card.read_text(encoding="utf-8-sig")
         found = yaml.safe_load(text.split("---\n")[1]) if text.startswith("---\n") else None
     except (FileNotFoundError, ValueError, IndexError, yaml.YAMLError):
         found = None
-    if not isinstance(found, dict):
-        return {}
-    return {key: found[key] for key in INHERITED if key in found}
+    return found if isinstance(found, dict) else {}

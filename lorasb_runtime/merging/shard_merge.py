@@ -9,9 +9,10 @@ import torch
 
 from lorasb_runtime.errors import InputError
 from lorasb_runtime.merging.delta import Delta, DeltaOf
-from lorasb_runtime.merging.fold import Put, Rows, adding_dtype, one_thread, row_blocks
+from lorasb_runtime.merging.fold import Put, Rows, adding_dtype, row_blocks
 from lorasb_runtime.merging.plan import Piece, ShardPlan
 from lorasb_runtime.merging.view import ViewReader
+from lorasb_runtime.ops.threads import one_thread
 from lorasb_runtime.storage import atomic
 from lorasb_runtime.storage.basis_file import Basis
 from lorasb_runtime.storage.shard_writer import DTYPES, NewShard, tensor_bytes

@@ -1,7 +1,7 @@
 """`lorasb inspect`: what a basis, an adapter, a pack, a store, a model or a checkpoint holds."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -41,8 +41,7 @@ def inspect(
 
 def _lines(found: "Inspection", every_module: bool) -> list[str]:
     lines = [f"{found.source}: {found.kind}"]
-    for key, value in found.facts.items():
-        lines += [f"  {key.replace('_', ' ')}: {value_text(value)}"]
+    lines += _facts(found.facts, "  ")
     if found.modules:
         if found.spectrum_of:
             lines += [f"  norm and effective rank are of: {found.spectrum_of}"]
@@ -52,6 +51,22 @@ def _lines(found: "Inspection", every_module: bool) -> list[str]:
     if found.tensors:
         rows = [[value_text(value) for value in row.values()] for row in found.tensors]
         lines += ["", *table(list(found.tensors[0]), rows)]
+    return lines
+
+
+def _facts(facts: dict[str, Any], margin: str) -> list[str]:
+    """A line for each fact; one that has parts is a heading over them."""
+    lines = []
+    for key, value in facts.items():
+        name = f"{margin}{key.replace('_', ' ')}:"
+        if isinstance(value, dict) and value:
+            lines += [name, *_facts(value, margin + "  ")]
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            parts = [f"{margin}  {value_text(part)}" for part in value[:SHOWN]]
+            more = [f"{margin}  and {len(value) - SHOWN} more"] if len(value) > SHOWN else []
+            lines += [name, *parts, *more]
+        else:
+            lines.append(f"{name} {value_text(value)}")
     return lines
 
 
