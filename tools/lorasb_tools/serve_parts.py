@@ -5,6 +5,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from lorasb_runtime.adapters.loader import AdapterLoader
 from lorasb_runtime.adapters.loader_config import LoaderConfig
 from lorasb_runtime.adapters.names import AdapterName, parse_name
@@ -20,6 +22,7 @@ from lorasb_runtime.models.load import load_tokenizer, parse_device, parse_dtype
 from lorasb_runtime.models.locate import locate_model, model_name
 from lorasb_runtime.models.text import TextCodec
 from lorasb_runtime.ops.core_matmul import scale_core
+from lorasb_runtime.ops.threads import use_all_cores
 from lorasb_runtime.storage.basis_file import load_basis
 from lorasb_runtime.storage.checkpoint import open_checkpoint
 from lorasb_runtime.storage.match import check_model
@@ -50,6 +53,8 @@ def load_app(
     Raises InputError for files and settings that cannot be served.
     """
     assert settings.model is not None
+    torch.set_num_threads(1)  # in all threads but this one, which ends, and the engine's
+    use_all_cores()
     logger.info("lorasb: loading %s", settings.model)
     folder = locate_model(settings.model)
     loader = _open_loader(folder, settings, pins)

@@ -10,7 +10,7 @@ import os
 import platform
 import statistics
 import time
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from lorasb_runtime.engines.torch.prepare import load_model
 from lorasb_runtime.models.load import load_tokenizer, parse_dtype
 from lorasb_runtime.models.targets import find_targets
 from lorasb_runtime.models.text import TextCodec
+from lorasb_runtime.ops.threads import use_all_cores
 from lorasb_runtime.storage.basis_file import Basis, load_basis
 
 CORE_SCALE = 0.01
@@ -83,6 +84,23 @@ def machine() -> dict[str, Any]:
 
 
 def _engine(case: BenchCase) -> dict[str, float]:
+    torch.set_num_threads(1)  # as `lorasb serve` does, outside the engine's own thread
+    with ThreadPoolExecutor(1, initializer=use_all_cores) as pool:
+        engine, adapters, result = pool.submit(_loaded, case).result()
+    engine.start()
+    try:
+        result["tokens_per_second"] = asyncio.run(_waves(engine, adapters, case))
+        stats = engine.stats()
+        result["outside_forward"] = 1 - stats.forward_seconds / stats.step_seconds
+    finally:
+        engine.close()
+    return result
+
+
+def _loaded(
+    case: BenchCase,
+) -> tuple[TorchEngine, list[LoadedAdapter | None], dict[str, float]]:
+    """The engine, its adapters, and what there is to say of their memory."""
     dtype = parse_dtype(case.dtype) if case.dtype else None
     model = load_model(case.folder, dtype, torch.device("cpu"))
     basis = None
@@ -93,24 +111,16 @@ def _engine(case: BenchCase) -> dict[str, float]:
         scheduler=SchedulerConfig(max_num_seqs=case.batch),
     )
     engine = build_engine(model, TextCodec(load_tokenizer(case.folder)), basis, config)
-    result = {}
-    adapters: list[LoadedAdapter | None] = [None]
-    if basis is not None:
-        before = _resident_bytes()
-        adapters = [_random_adapter(basis, i) for i in range(case.adapters)]
-        for i in range(case.resident):
-            engine.warm(_random_adapter(basis, i % 64, f"resident-{i}"))
-        if case.resident:
-            own = basis.size * engine.core_bytes * case.resident
-            result["memory_ratio"] = (_resident_bytes() - before) / own
-    engine.start()
-    try:
-        result["tokens_per_second"] = asyncio.run(_waves(engine, adapters, case))
-        stats = engine.stats()
-        result["outside_forward"] = 1 - stats.forward_seconds / stats.step_seconds
-    finally:
-        engine.close()
-    return result
+    if basis is None:
+        return engine, [None], {}
+    before = _resident_bytes()
+    adapters: list[LoadedAdapter | None] = [_random_adapter(basis, i) for i in range(case.adapters)]
+    for i in range(case.resident):
+        engine.warm(_random_adapter(basis, i % 64, f"resident-{i}"))
+    if not case.resident:
+        return engine, adapters, {}
+    own = basis.size * engine.core_bytes * case.resident
+    return engine, adapters, {"memory_ratio": (_resident_bytes() - before) / own}
 
 
 async def _waves(

@@ -28,6 +28,7 @@ from lorasb_runtime.engines.torch.step_counts import StepCounts
 from lorasb_runtime.engines.torch.structured import GrammarCompiler
 from lorasb_runtime.errors import EngineError, LorasbError
 from lorasb_runtime.models.text import TextCodec
+from lorasb_runtime.ops.threads import use_all_cores
 
 logger = logging.getLogger(__name__)
 
@@ -150,6 +151,7 @@ class TorchEngine:
             self._wake.notify()
 
     def _loop(self) -> None:
+        use_all_cores()
         try:
             while self._take_in():
                 try:
