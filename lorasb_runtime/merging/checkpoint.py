@@ -90,9 +90,9 @@ def merge_checkpoint(
     InputError for weights that no delta can be added to, ConflictError for an output that is in
     the way, TooLargeError for a disk too full.
     """
-    check_fingerprint(basis, source, "basis")
     check_shards(source)
     view = prepare(source, basis, config)
+    check_fingerprint(basis, source, "basis")  # a quantized model has another than the plain one
     plans = plan_shards(view, target_weights(view, basis), output_dtypes(view, config.dtype))
     fold = partial(fold_target, rounding=config.rounding, measure_all=config.measure_all)
     merge = ShardMerge(ViewReader(view), basis, deltas, fold, config.workers)
