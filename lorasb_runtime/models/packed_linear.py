@@ -13,7 +13,7 @@ from lorasb_runtime.ops.dense import pack_weight, packed_linear, unpack_weight
 
 # Up to so many numbers one multiply by B's of all members, zeros between them included, is faster
 # than one for each member.
-LARGEST_BLOCK_B = 1 << 20
+LARGEST_BLOCK_B = 1 << 18
 
 
 class CoreRowsOf(Protocol):
