@@ -119,8 +119,10 @@ def _loaded(
         engine.warm(_random_adapter(basis, i % 64, f"resident-{i}"))
     if not case.resident:
         return engine, adapters, {}
-    own = basis.size * engine.core_bytes * case.resident
-    return engine, adapters, {"memory_ratio": (_resident_bytes() - before) / own}
+    one = basis.size * engine.core_bytes
+    table = one * config.slots  # written whole when it was made, so that it is in `before`
+    taken = table + _resident_bytes() - before
+    return engine, adapters, {"memory_ratio": taken / (one * case.resident)}
 
 
 async def _waves(
