@@ -6,7 +6,7 @@ import os
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
 
@@ -62,7 +62,7 @@ def new_folder(path: Path, *, force: bool = False) -> Iterator[Path]:
             sync_folder(aside)
             _swap(aside, path)
         finally:
-            shutil.rmtree(aside, ignore_errors=True)
+            _remove(aside)
 
 
 def _new_scratch(path: Path, locks: ExitStack) -> Path:
@@ -82,15 +82,27 @@ def _clear(path: Path) -> None:
         aside = old.with_suffix(".tmp")
         with _locked(aside, wait=False) as ours:
             if ours or not aside.exists():
-                _remove(old) if path.exists() else os.replace(old, path)
+                _discard(old, path) if path.exists() else os.replace(old, path)
     for aside in path.parent.glob(f"{hidden}.tmp"):
         with _locked(aside, wait=False) as ours:
             if ours:
                 _remove(aside)
 
 
+def _discard(old: Path, path: Path) -> None:
+    """Under a scratch name first: half of an old folder must never come back as `path`."""
+    doomed = _aside(path)
+    with suppress(FileNotFoundError):  # another writer discards it just now
+        os.replace(old, doomed)
+    _remove(doomed)
+
+
 def _remove(path: Path) -> None:
+    """A folder's configurations go first: without them nothing takes the rest for a model."""
     if path.is_dir() and not path.is_symlink():
+        for config in path.glob("*config.json"):
+            with suppress(OSError):
+                config.unlink()
         shutil.rmtree(path, ignore_errors=True)
     else:
         path.unlink(missing_ok=True)
@@ -120,11 +132,13 @@ def _locked(folder: Path, *, wait: bool) -> Iterator[bool]:
 
 def _swap(aside: Path, path: Path) -> None:
     old = aside.with_suffix(".old")
-    if path.exists():
+    replaced = path.exists()
+    if replaced:
         os.replace(path, old)
     os.replace(aside, path)
     sync_folder(path.parent)
-    _remove(old)
+    if replaced:
+        _discard(old, path)
 
 
 def sync_file(path: Path) -> None:
