@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorasb_runtime.ops.sampling import RowSampling, penalize, sample, uniform
+from lorasb_runtime.ops.sampling import BLOCK, RowSampling, greedy, penalize, sample, uniform
 
 GREEDY = RowSampling(0.0, 0, 1.0, 0.0, 0.0)
 
@@ -18,6 +18,19 @@ def support(probabilities: list[float], **rules: float) -> set[int]:
     base = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0}
     rows = [RowSampling(**{**base, **rules}, uniform=i / 2000) for i in range(2000)]  # type: ignore[arg-type]
     return set(sample(logits_of(probabilities).repeat(2000, 1), rows).tolist())
+
+
+@given(
+    st.sampled_from([BLOCK, 3 * BLOCK, 3 * BLOCK + 1]),
+    st.integers(0, 1 << 30),
+    st.sampled_from([1, 3, 1000]),
+)
+def test_greedy_is_the_first_largest(vocab: int, seed: int, spread: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randint(-spread, spread, (5, vocab), generator=generator).float()
+    logits[0] = float("-inf")
+    logits[1, vocab // 2] = float("inf")
+    assert greedy(logits).tolist() == torch.argmax(logits, dim=-1).tolist()
 
 
 def test_filters_keep_what_they_say() -> None:

@@ -3,8 +3,11 @@
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from lorasb_runtime.ops.dense import has_tiles
+
 # From this many rows on, a CPU is faster by batched multiplies than by torch's fused attention,
-# which handles each head's few queries on their own; 16-bit keys are widened for it, so many.
+# which handles each head's few queries on their own; 16-bit keys are widened for it, so many, and
+# none where the CPU has AMX, whose tiles the fused attention uses for bfloat16.
 FEWEST_BATCHED_ROWS = 4
 MOST_WIDENED_KEYS = 1 << 22
 
@@ -42,8 +45,10 @@ def attend_decode(
 
 def _batched(k: torch.Tensor) -> bool:
     """Whether queries over keys [rows, kv_heads, length, d] are handled by batched multiplies."""
-    small = k.dtype == torch.float32 or k.numel() <= MOST_WIDENED_KEYS
-    return k.device.type == "cpu" and k.shape[0] >= FEWEST_BATCHED_ROWS and small
+    if k.device.type != "cpu" or k.shape[0] < FEWEST_BATCHED_ROWS:
+        return False
+    widened = k.dtype != torch.float32
+    return not widened or (k.numel() <= MOST_WIDENED_KEYS and not has_tiles(k.dtype))
 
 
 def attend_prefill(

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
+BLOCK = 64  # of the vocabulary, which is a multiple of it as a rule
+
 
 @dataclass(frozen=True)
 class RowSampling:
@@ -52,7 +54,7 @@ def penalize(
 
 def sample(logits: torch.Tensor, rows: list[RowSampling]) -> torch.Tensor:
     """Tokens [rows], int64, from float32 logits [rows, vocab] by each row's own rules."""
-    tokens = torch.argmax(logits, dim=-1)
+    tokens = greedy(logits)
     drawn = [i for i, row in enumerate(rows) if row.temperature > 0]
     plain = [i for i in drawn if not _filtered(rows[i])]
     filtered = [i for i in drawn if _filtered(rows[i])]
@@ -64,6 +66,20 @@ def sample(logits: torch.Tensor, rows: list[RowSampling]) -> torch.Tensor:
         ranks = _draw(_filter(probs, rows, filtered), rows, filtered)
         tokens[filtered] = order.gather(1, ranks[:, None])[:, 0]
     return tokens
+
+
+def greedy(logits: torch.Tensor) -> torch.Tensor:
+    """The first largest of each row, int64: [rows, vocab] -> [rows].
+
+    By blocks, as torch's CPU kernel finds a maximum several times faster than its place.
+    """
+    rows, vocab = logits.shape
+    if logits.device.type != "cpu" or vocab % BLOCK:
+        return torch.argmax(logits, dim=-1)
+    blocks = logits.unflatten(-1, (-1, BLOCK))
+    best = torch.argmax(blocks.amax(dim=-1), dim=-1)
+    within = torch.argmax(blocks[torch.arange(rows), best], dim=-1)
+    return best * BLOCK + within
 
 
 def log_probabilities(logits: torch.Tensor) -> torch.Tensor:
