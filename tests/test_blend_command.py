@@ -77,10 +77,11 @@ def test_bad_input_is_one_line_and_leaves_nothing(blend: Run, one: Path, tmp_pat
     output = tmp_path / "out.safetensors"
     for words, text in (
         ((f"{one}=nan",), "expected FILE=WEIGHT"),
+        ((f"{one}=1e308", f"{one}=1e308"), "a finite number of float32's range"),
+        ((f"{one}=3e38", f"{one}=3e38"), "do not fit float32"),
         ((one, odd), "found one for basis sha256:1"),
         ((tmp_path / "none",), "no such file"),
         ((one, "--dtype", "int8"), "found 'int8'"),
-        ((f"{one}=1e300",), "do not fit float32"),
         ((f"{one}=0", "--normalize"), "found a sum of 0"),
         ((), "Missing argument"),
     ):

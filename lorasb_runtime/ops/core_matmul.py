@@ -84,10 +84,10 @@ def _multiply_decodes(
     """The decoding rows' part, in the form that suits the device; they differ in rounding alone."""
     if own is None and use_kernel(h, cores):
         return slot_matvec(h, cores, slots)
-    _, m, r = h.shape
+    r = h.shape[-1]
     if own is None:
         own = cores.index_select(0, slots).to(h.dtype)
-    return batched_matvec(own.view(-1, r, r), h.reshape(-1, r)).view(-1, m, r)
+    return batched_matvec(own.view(-1, r, r), h)
 
 
 def shrink(x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:

@@ -48,13 +48,13 @@ def packed_linear(
 
 
 def batched_matvec(matrices: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    """matrices[i] @ rows[i] for every row: [n, r, r], [n, r] -> [n, r] in the rows' dtype.
+    """matrices[i] @ rows[i] for every row: [n, r, r], [..., r] of n in all -> same shape and dtype.
 
     As a row times a transposed matrix, which torch's CPU kernel does several times faster than a
     matrix times a column from r = 32 on, and no slower below.
     """
-    wide = rows.to(matrices.dtype).unsqueeze(1)
-    return torch.bmm(wide, matrices.transpose(1, 2)).squeeze(1).to(rows.dtype)
+    wide = rows.to(matrices.dtype).reshape(-1, 1, rows.shape[-1])
+    return torch.bmm(wide, matrices.transpose(1, 2)).to(rows.dtype).view(rows.shape)
 
 
 def matvec_dtype(size: int, dtype: torch.dtype, device: torch.device) -> torch.dtype:

@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from lorasb_runtime.errors import ConflictError, InputError
 from lorasb_tools import method_flags
 from lorasb_tools.report import JSON_FLAG, emit
 
@@ -36,6 +35,7 @@ def blend(
 
     A weight may be negative; without one it is 1.
     """
+    from lorasb_runtime.importing.output import check_output_file
     from lorasb_runtime.merging import find_method
     from lorasb_runtime.merging.blend import blend_adapters
     from lorasb_runtime.merging.weighted import load_weighted
@@ -54,10 +54,7 @@ def blend(
     )
     chosen = find_method(method).with_options(options)
     wanted = parse_dtype(dtype)
-    if output.is_dir():
-        raise InputError(f"{output}: found a folder, expected the adapter file to write")
-    if output.exists() and not force:
-        raise ConflictError(f"{output}: already exists; choose another output or pass --force")
+    check_output_file(output, force=force)
     loaded = load_basis(basis) if basis is not None else None
     weighted = [load_weighted(text, loaded) for text in adapters]
     made = blend_adapters(weighted, output.stem if name is None else name, wanted, chosen, loaded)

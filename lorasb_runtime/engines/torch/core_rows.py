@@ -120,7 +120,7 @@ class GroupCores:
 
     def multiply(self, h: torch.Tensor) -> torch.Tensor:
         """Each row's own cores: [rows, m * r] -> [rows, m * r]."""
-        parts = h.reshape(-1, self._size, self._rank)
+        parts = h.unflatten(1, (self._size, self._rank))
         own = self.batch.own(self._index)
         return apply_cores(parts, self._cores, self.batch.slot_rows, own).flatten(1)
 
