@@ -175,17 +175,24 @@ def greedy_tokens(case: Case, owner: int | None, whole: list[int], start: int) -
 
 
 def fill(case: Case) -> dict[str, Any]:
-    """Every slot filled with an adapter of its own; the memory that each takes."""
+    """Every slot filled with an adapter of its own; the memory that each takes.
+
+    further_slot_bytes: of the second half alone, without what the worker grows by but once.
+    """
     case.run([prompt_of(0, 16)], [None], 2)
     before, began = worker_bytes(), time.perf_counter()
     slots, batch = case.options.slots, case.options.batch
+    half, filled = before, 0
     for start in range(0, slots, batch):
+        if start <= slots // 2:
+            half, filled = worker_bytes(), start
         numbers = range(start, min(start + batch, slots))
         case.run([[100 + n % 1000] for n in numbers], [case.lora(n) for n in numbers], 1)
-    seconds = time.perf_counter() - began
+    seconds, after = time.perf_counter() - began, worker_bytes()
     return {
         "slots": slots,
-        "slot_bytes": (worker_bytes() - before) / slots,
+        "slot_bytes": (after - before) / slots,
+        "further_slot_bytes": (after - half) / (slots - filled),
         "core_bytes": case.basis.size * case.engine.vllm_config.lora_config.lora_dtype.itemsize,
         "seconds": seconds,
     }

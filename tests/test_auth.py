@@ -53,7 +53,7 @@ def test_no_route_answers_without_a_key(site: Site, engine: FakeEngine) -> None:
                 if method != "HEAD":
                     assert error_of(answer)["code"] == "invalid_api_key"
                     assert error_of(answer)["type"] == "authentication_error"
-    assert set(OPEN_PATHS) == {"/health", "/ready", *PAGE}
+    assert set(OPEN_PATHS) == {"", "/health", "/ready", *PAGE}
     assert {path.rpartition("/")[0] for path in PAGE} == {"", "/playground"}
     assert not engine.requests
     assert site.listed("acme") == ["a"]

@@ -94,7 +94,9 @@ def test_a_proxy_may_take_its_path_off_or_not(server: Operated) -> None:
             assert nobody.get(f"{prefix}/health").status_code == 200
             assert nobody.get(f"{prefix}/ready").json() == {"status": "ready"}
             assert nobody.get(f"{prefix}/v1/models").status_code == 401
-        for path in ("/llm", "/llmhealth", "/llm/llm/health", "/health/x"):
+        page = nobody.get("/llm", follow_redirects=True)
+        assert (page.status_code, page.url.path) == (200, "/llm/")
+        for path in ("/llmhealth", "/llm/llm/health", "/health/x"):
             assert nobody.get(path).status_code == 401
     key = server.api.headers["authorization"]
     bare = httpx.get(

@@ -17,7 +17,8 @@ from lorasb_server.tenants.errors import InvalidKeyError
 from lorasb_server.tenants.key_ring import KeyRing
 from lorasb_server.tenants.meter import Meter
 
-OPEN_PATHS = (*PROBES, *PAGE)  # the page holds no data of its own
+# The page holds no data of its own; a root path without its slash is redirected to the page.
+OPEN_PATHS = ("", *PROBES, *PAGE)
 POLICY_VIOLATION = 1008
 API_KEY = HTTPBearer(
     scheme_name="ApiKey",
