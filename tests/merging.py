@@ -57,3 +57,15 @@ def exact_delta(basis: Basis, adapter: Adapter, index: int) -> torch.Tensor:
     module = basis.targets[index].module
     core = basis.core(adapter.cores, index).double()
     return basis.scaling * (basis.b(module).double() @ core @ basis.a(module).double())
+
+
+def is_rounded_sum(found: torch.Tensor, w0: torch.Tensor, delta: torch.Tensor) -> bool:
+    """Whether `found` is w0 + delta rounded once; delta in float64.
+
+    Sums that lie so near the middle of two numbers that float32's last bits decide may go to
+    either.
+    """
+    exact = w0.double() + delta
+    slack = 1e-7 * w0.double().abs() + 1e-6 * delta.abs().max()
+    least, most = ((exact + sign * slack).to(found.dtype) for sign in (-1, 1))
+    return bool(((least <= found) & (found <= most)).all())
