@@ -135,6 +135,7 @@ def test_an_equals_sign_may_be_part_of_a_file_name(lorasb: Run, work: Path) -> N
         (["a=-inf"], "found weight '-inf', expected"),
         (["a="], "found weight '', expected"),
         (["a=1e308", "a=1e308"], "found weight '1e308', expected"),
+        (["a=3e38"] * 99, "the cores do not fit float32"),
         (["nothing"], "nothing: no such file"),
         (["a", "--method", "median"], "method: found 'median', expected one of linear"),
         (["a", "--dtype", "int8"], "dtype: found 'int8', expected one of bfloat16"),

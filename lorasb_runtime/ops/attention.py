@@ -47,8 +47,9 @@ def _batched(k: torch.Tensor) -> bool:
     """Whether queries over keys [rows, kv_heads, length, d] are handled by batched multiplies."""
     if k.device.type != "cpu" or k.shape[0] < FEWEST_BATCHED_ROWS:
         return False
-    widened = k.dtype != torch.float32
-    return not widened or (k.numel() <= MOST_WIDENED_KEYS and not has_tiles(k.dtype))
+    if k.dtype == torch.float32:
+        return True
+    return k.numel() <= MOST_WIDENED_KEYS and not has_tiles(k.dtype)
 
 
 def attend_prefill(

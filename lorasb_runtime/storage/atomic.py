@@ -92,7 +92,7 @@ def _clear(path: Path) -> None:
 def _discard(old: Path, path: Path) -> None:
     """Under a scratch name first: half of an old folder must never come back as `path`."""
     doomed = _aside(path)
-    with suppress(FileNotFoundError):  # another writer discards it just now
+    with suppress(FileNotFoundError):  # there was none, or another writer has it
         os.replace(old, doomed)
     _remove(doomed)
 
@@ -132,13 +132,11 @@ def _locked(folder: Path, *, wait: bool) -> Iterator[bool]:
 
 def _swap(aside: Path, path: Path) -> None:
     old = aside.with_suffix(".old")
-    replaced = path.exists()
-    if replaced:
+    if path.exists():
         os.replace(path, old)
     os.replace(aside, path)
     sync_folder(path.parent)
-    if replaced:
-        _discard(old, path)
+    _discard(old, path)
 
 
 def sync_file(path: Path) -> None:
