@@ -8,13 +8,13 @@ from torch import nn
 
 from lorasb_runtime.adapters.slots import SlotTable
 from lorasb_runtime.engines.torch.core_rows import CoreRows
-from lorasb_runtime.models import packed_linear as packed_module
 from lorasb_runtime.models.adapted_linear import ALL_ROWS
 from lorasb_runtime.models.packed_linear import PackedGroup, PackedLinear
 from lorasb_runtime.models.shared_inputs import neighbours_with_one_input, watch_inputs
 from lorasb_runtime.ops import dense as dense_module
 from lorasb_runtime.ops.core_matmul import SlotRows, apply_cores, expand_add, shrink
 from lorasb_runtime.ops.dense import compute_dtype, pack_weight
+from lorasb_runtime.ops.group_delta import GroupDelta
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -47,30 +47,24 @@ def test_a_packed_layer_is_the_layer(rows: int, bias: bool, dtype: torch.dtype) 
     assert close(found(x), expected, dtype, 16)
 
 
-class FixedCores:
-    """The same core for every row of `rows`. cores: [m, r, r]."""
+class FixedDeltas:
+    """The same core, of slot 1, for every row of `rows`."""
 
-    def __init__(self, cores: torch.Tensor, rows: slice | None) -> None:
-        self.cores = cores
+    def __init__(self, delta: GroupDelta, rows: slice | None) -> None:
+        self.delta = delta
         self.rows = rows
 
-    def multiply(self, h: torch.Tensor) -> torch.Tensor:
-        parts = h.reshape(len(h), *self.cores.shape[:2])
-        return torch.einsum("mij,tmj->tmi", self.cores.to(h.dtype), parts).flatten(1)
+    def add(self, y: torch.Tensor, h: torch.Tensor) -> None:
+        slots = torch.ones(len(y), dtype=torch.int64)
+        self.delta.add(y, h, SlotRows(slots, (), 0, len(y)), lambda: None)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("largest", [0, packed_module.LARGEST_BLOCK_B])
 @pytest.mark.parametrize("rows", [ALL_ROWS, slice(1, 5), None])
 @pytest.mark.parametrize("adapted", [(0, 1, 2), (0, 2), (1,)])
 def test_a_packed_group_is_its_layers_with_their_adapters(
-    adapted: tuple[int, ...],
-    rows: slice | None,
-    largest: int,
-    dtype: torch.dtype,
-    monkeypatch: pytest.MonkeyPatch,
+    adapted: tuple[int, ...], rows: slice | None, dtype: torch.dtype
 ) -> None:
-    monkeypatch.setattr(packed_module, "LARGEST_BLOCK_B", largest)
     torch.manual_seed(3)
     biased = [(272, True), (96, False), (160, True)]
     layers = [nn.Linear(320, n, b).to(dtype).requires_grad_(False) for n, b in biased]
@@ -83,8 +77,10 @@ def test_a_packed_group_is_its_layers_with_their_adapters(
         (m, torch.randn(4, 320).to(dtype), torch.randn(layers[m].out_features, 4).to(dtype))
         for m in adapted
     ]
-    cores = torch.randn(len(adapted), 4, 4).to(dtype)
-    group.adapt(pairs, FixedCores(cores, rows))
+    cores = torch.randn(2, len(adapted), 4, 4).to(dtype)
+    begins = [group.begin(m) for m in adapted]
+    delta = GroupDelta([b for _, _, b in pairs], begins, cores)
+    group.adapt([a for _, a, _ in pairs], FixedDeltas(delta, rows))
     assert group.adapted
     x = torch.randn(1, 7, 320).to(dtype)
     seats = [PackedLinear(layer, group, m) for m, layer in enumerate(layers)]
@@ -92,7 +88,7 @@ def test_a_packed_group_is_its_layers_with_their_adapters(
     for layer in layers:
         y = x.double() @ layer.weight.double().t()
         expected.append(y if layer.bias is None else y + layer.bias.double())
-    for (m, a, b), core in zip(pairs, cores, strict=True):
+    for (m, a, b), core in zip(pairs, cores[1], strict=True):
         if rows is not None:
             delta = b.double() @ core.double() @ a.double()
             expected[m][:, rows] += x[:, rows].double() @ delta.t()

@@ -9,7 +9,6 @@ import pytest
 import torch
 from bases import random_adapter
 
-from lorasb_runtime.engines.vllm import sharding
 from lorasb_runtime.engines.vllm.core_message import (
     parse_message,
     version_in,
@@ -23,14 +22,15 @@ from lorasb_runtime.engines.vllm.resident import ResidentCores, split_rows
 from lorasb_runtime.engines.vllm.sharding import (
     Segment,
     column_segments,
-    expands_of,
     qkv_segments,
     shard_a,
     shard_b,
 )
 from lorasb_runtime.engines.vllm.shared_delta import SharedDelta
 from lorasb_runtime.errors import BasisMismatchError, EngineError, InputError
+from lorasb_runtime.ops import group_delta
 from lorasb_runtime.ops.core_matmul import scale_core
+from lorasb_runtime.ops.group_delta import expands_of
 from lorasb_runtime.storage.basis_file import Basis
 from lorasb_runtime.types import TargetModule
 
@@ -92,12 +92,12 @@ def test_row_parallel_parts_add_up_to_the_whole(tp: int) -> None:
 
 
 @pytest.mark.parametrize("tp", [1, 2])
-@pytest.mark.parametrize("largest", [0, 16])
+@pytest.mark.parametrize("largest", [0, group_delta.LARGEST_BLOCK_B])
 def test_a_group_on_each_rank_gives_that_ranks_rows(
     tp: int, largest: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Blocks of B or each member's own, over all ranks, give B R A x of each fused module."""
-    monkeypatch.setattr(sharding, "LARGEST_BLOCK_RANK", largest)
+    monkeypatch.setattr(group_delta, "LARGEST_BLOCK_B", largest)
     basis = qkv_basis()
     adapter = random_adapter(basis, 1)
     x = torch.randn(5, 8)
@@ -117,7 +117,7 @@ def test_a_group_on_each_rank_gives_that_ranks_rows(
         h = torch.einsum("mij,tmj->tmi", cores, h).reshape(5, 12)
         y = torch.zeros(5, sum(s.local for s in segments))
         for e in expands:
-            y[:, e.row :][:, : len(e.b)] += h[:, e.start :][:, : e.b.shape[1]] @ e.b.t()
+            e.add(y, h)
         for i, part in enumerate(y.split([s.local for s in segments], dim=1)):
             found[i].append(part)
     for i, t in enumerate(basis.targets[:3]):
@@ -164,9 +164,7 @@ def qkv_delta(basis: Basis, resident: ResidentCores, group: int) -> SharedDelta:
     parts = [basis.b(t.module) for t in targets]
     offsets = [0, 12, 18][: len(parts)]
     a = torch.cat([basis.a(t.module) for t in targets])
-    return SharedDelta(
-        a, expands_of(parts, offsets), resident, group, (len(parts), targets[0].rank)
-    )
+    return SharedDelta(a, parts, offsets, resident, group)
 
 
 def resident_cores_of(basis: Basis, device: torch.device = CPU) -> ResidentCores:
@@ -199,7 +197,7 @@ def test_each_row_gets_its_own_delta_in_any_order(seed: int, traced: bool, group
     slots = resident.activate(scaled)
     owners = shuffled_rows(seed) if seed else [1] * 30
     resident.map_tokens(tuple(slots[adapters[o - 1].version] if o else 0 for o in owners))
-    x = torch.randn(len(owners), delta.a.shape[1])
+    x = torch.randn(len(owners), 8 if group == 0 else 12)
     y = torch.randn(len(owners), 24 if group == 0 else 8)
     expected = y.clone()
     for row, owner in enumerate(owners):

@@ -8,23 +8,18 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lorasb_runtime.models.adapted_linear import ALL_ROWS
-from lorasb_runtime.ops.core_matmul import expand_add
 from lorasb_runtime.ops.dense import pack_weight, packed_linear, unpack_weight
 
-# Up to so many numbers one multiply by B's of all members, zeros between them included, is faster
-# than one for each member.
-LARGEST_BLOCK_B = 1 << 18
 
-
-class CoreRowsOf(Protocol):
-    """The cores of m layers that read one input, for the rows of the batch that is running."""
+class DeltaRows(Protocol):
+    """The adapters of m layers that read one input, for the rows of the batch that is running."""
 
     @property
     def rows(self) -> slice | None:
         """The rows that may have an adapter; None when all are the base model's."""
 
-    def multiply(self, h: torch.Tensor) -> torch.Tensor:
-        """Each row's own cores: [rows, m * r] -> [rows, m * r]."""
+    def add(self, y: torch.Tensor, h: torch.Tensor) -> None:
+        """Add B R h to the layers' outputs y [rows, sum of out], for h = A x [rows, m * r]."""
 
 
 class PackedGroup:
@@ -40,39 +35,38 @@ class PackedGroup:
         self._width = sum(self._sizes)
         self._packed = packed
         self._bias = _stacked_bias(layers)
-        self._cores: CoreRowsOf | None = None
-        self._expands: list[tuple[slice, slice, torch.Tensor]] = []
+        self._deltas: DeltaRows | None = None
         self._x: torch.Tensor | None = None
         self._out: tuple[torch.Tensor, ...] = ()
 
     @property
     def adapted(self) -> bool:
-        return self._cores is not None
+        return self._deltas is not None
 
-    def adapt(
-        self, pairs: Sequence[tuple[int, torch.Tensor, torch.Tensor]], cores: CoreRowsOf
-    ) -> None:
+    def begin(self, member: int) -> int:
+        """The first column of the member's output among all members'."""
+        return sum(self._sizes[:member])
+
+    def adapt(self, shrinks: Sequence[torch.Tensor], deltas: DeltaRows) -> None:
         """Add B R A x to members; A joins the weights, so that shrinking costs next to nothing.
 
-        pairs: (member, A [r, in], B [out, r]) of those that have an adapter, in the cores' order
-        and of one rank.
+        shrinks: A [r, in] of each member that has an adapter, in the order that `deltas` takes.
         """
         weight = unpack_weight(self._packed)
-        shrinks = torch.cat([a for _, a, _ in pairs]).to(weight.dtype)
-        packed = pack_weight(torch.cat([weight, shrinks]))
-        assert packed is not None and self._cores is None
+        packed = pack_weight(torch.cat([weight, *(a.to(weight.dtype) for a in shrinks)]))
+        assert packed is not None and self._deltas is None
         self._packed = packed
         if self._bias is not None:
-            self._bias = torch.cat([self._bias, self._bias.new_zeros(len(shrinks))])
-        self._expands = self._expand_parts([(m, b.to(weight.dtype)) for m, _, b in pairs])
-        self._cores = cores
+            added = sum(len(a) for a in shrinks)
+            self._bias = torch.cat([self._bias, self._bias.new_zeros(added)])
+        self._deltas = deltas
 
     def compute(self, x: torch.Tensor, member: int) -> torch.Tensor:
         """Member's part for x: [..., in] -> [..., out], a view of all members' output."""
         if x is not self._x:
             y = packed_linear(x, self._packed, self._bias)
-            if self._cores is not None:
-                self._add_adapters(y, self._cores)
+            if self._deltas is not None:
+                self._add_adapters(y, self._deltas)
                 y = y[..., : self._width]
             if len(self._sizes) == 1:
                 return y
@@ -83,33 +77,13 @@ class PackedGroup:
             self._x, self._out = None, ()
         return out
 
-    def _add_adapters(self, y: torch.Tensor, cores: CoreRowsOf) -> None:
-        rows = cores.rows
+    def _add_adapters(self, y: torch.Tensor, deltas: DeltaRows) -> None:
+        rows = deltas.rows
         if rows is None:
             return
         flat = y.view(-1, y.shape[-1])
         flat = flat if rows is ALL_ROWS else flat[rows]
-        h = cores.multiply(flat[:, self._width :])
-        for out, inner, b in self._expands:
-            expand_add(flat[:, out], h[:, inner], b)
-
-    def _expand_parts(
-        self, pairs: Sequence[tuple[int, torch.Tensor]]
-    ) -> list[tuple[slice, slice, torch.Tensor]]:
-        """(columns of the output, of the cores' output, B) for each multiply by B's."""
-        starts = [sum(self._sizes[:m]) for m, _ in pairs]
-        rank = pairs[0][1].shape[1]
-        parts = []
-        for place, ((member, b), start) in enumerate(zip(pairs, starts, strict=True)):
-            out = slice(start, start + self._sizes[member])
-            parts.append((out, slice(place * rank, (place + 1) * rank), b))
-        begin, end = starts[0], parts[-1][0].stop
-        block = parts[0][2].new_zeros(end - begin, len(pairs) * rank)
-        if len(parts) == 1 or block.numel() > LARGEST_BLOCK_B:
-            return parts
-        for out, inner, b in parts:
-            block[out.start - begin : out.stop - begin, inner] = b
-        return [(slice(begin, end), slice(0, block.shape[1]), block)]
+        deltas.add(flat[:, : self._width], flat[:, self._width :])
 
 
 class PackedLinear(nn.Linear):

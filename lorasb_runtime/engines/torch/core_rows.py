@@ -9,9 +9,15 @@ from transformers import PreTrainedModel
 from lorasb_runtime.adapters.slots import BASE_SLOT, SlotTable
 from lorasb_runtime.models.adapted_linear import ALL_ROWS, adapt_layer
 from lorasb_runtime.models.packed_linear import PackedGroup, PackedLinear
+from lorasb_runtime.ops.core_cpu import kernel_for
 from lorasb_runtime.ops.core_matmul import SlotRows, apply_cores, shrink
 from lorasb_runtime.ops.dense import matvec_dtype
+from lorasb_runtime.ops.group_delta import GroupDelta
 from lorasb_runtime.storage.basis_file import Basis
+
+# Up to so many decoding rows of one adapter are left to the kernel, which starts faster than the
+# multiplies that share one core.
+MOST_KERNEL_ROWS = 64
 
 
 class GatheredCores:
@@ -62,7 +68,10 @@ class CoreRows:
         self.dtype = dtype
         self.slot_rows = SlotRows(torch.zeros(0, dtype=torch.int64), (), 0, 0)
         self.rows: slice | None = None
-        self._gather = False
+        self._decodes: list[int] = []
+        self._gathers = slots.cores.device.type == "cpu"
+        self._brought = False
+        self._kernel = kernel_for(dtype, slots.cores.dtype, slots.cores.device) is not None
 
     def prepare(self, decodes: list[int], runs: list[tuple[int, int, int]]) -> None:
         """decodes: the decoding rows' slots. runs: (slot, start, end) of the prefill chunks.
@@ -72,7 +81,8 @@ class CoreRows:
         """
         count = len(decodes)
         total = runs[-1][2] if runs else count
-        if len(set(decodes)) == 1:  # one dense multiply for all
+        dense = not self._kernel or count > MOST_KERNEL_ROWS
+        if dense and len(set(decodes)) == 1:  # one multiply for all
             runs = [(decodes[0], 0, count), *runs]
             decodes = []
         adapted = [(start, end) for slot, start, end in runs if slot != BASE_SLOT]
@@ -86,56 +96,85 @@ class CoreRows:
         device = self._slots.cores.device
         slots = torch.tensor(decodes, dtype=torch.int64, device=device)
         self.slot_rows = SlotRows(slots, tuple(runs), begin, end)
-        self._gather = bool(decodes) and device.type == "cpu"
-        if self._gather:
-            self._gathered.bring(decodes)
+        self._decodes, self._brought = decodes, False
 
     def own(self, group: int) -> torch.Tensor | None:
-        """The decoding rows' cores [decodes, m, r, r], or None where they are not gathered."""
-        return self._gathered.tensors[group][: self.slot_rows.decodes] if self._gather else None
+        """The decoding rows' cores [decodes, m, r, r], or None where they are not gathered.
+
+        They are brought for all groups when the first one asks.
+        """
+        if not self._gathers or not self._decodes:
+            return None
+        if not self._brought:
+            self._gathered.bring(self._decodes)
+            self._brought = True
+        return self._gathered.tensors[group][: len(self._decodes)]
 
 
-class GroupCores:
-    """R A x of m neighbouring target modules that read the same x, computed once for all."""
+class GroupSlots:
+    """Where m neighbouring target modules of one rank, which read the same x, have their cores."""
 
     def __init__(
         self, batch: CoreRows, index: int, basis: Basis, members: Rows[int], slots: SlotTable
     ) -> None:
-        """members: places in the basis' targets, one after the other and of one rank."""
-        self.batch = batch
+        """members: places in the basis' targets, one after the other."""
         self.modules = [basis.targets[i].module for i in members]
-        self._index = index
-        self._size = len(members)
-        self._rank = basis.targets[members[0]].rank
-        stacked = torch.cat([basis.a(module) for module in self.modules])
-        self._a = stacked.to(slots.cores.device, batch.dtype)
+        rank = basis.targets[members[0]].rank
         span = slots.cores[:, basis.offsets[members[0]] : basis.offsets[members[-1] + 1]]
-        self._cores = span.view(-1, self._size, self._rank, self._rank)
-        self._x: torch.Tensor | None = None
-        self._out: tuple[torch.Tensor, ...] = ()
+        self.cores = span.view(-1, len(members), rank, rank)
+        self._batch = batch
+        self._index = index
 
     @property
     def rows(self) -> slice | None:
-        return self.batch.rows
+        return self._batch.rows
 
-    def multiply(self, h: torch.Tensor) -> torch.Tensor:
-        """Each row's own cores: [rows, m * r] -> [rows, m * r]."""
-        parts = h.unflatten(1, (self._size, self._rank))
-        own = self.batch.own(self._index)
-        return apply_cores(parts, self._cores, self.batch.slot_rows, own).flatten(1)
+    @property
+    def slot_rows(self) -> SlotRows:
+        return self._batch.slot_rows
+
+    def own(self) -> torch.Tensor | None:
+        """As `CoreRows.own` gives them."""
+        return self._batch.own(self._index)
+
+
+class GroupCores:
+    """R A x of a group, computed once for all its members. a: [m * r, in]."""
+
+    def __init__(self, slots: GroupSlots, a: torch.Tensor) -> None:
+        self.slots = slots
+        self._a = a
+        self._x: torch.Tensor | None = None
+        self._out: tuple[torch.Tensor, ...] = ()
 
     def compute(self, x: torch.Tensor, member: int) -> torch.Tensor:
+        """The member's R A x for the rows that may have an adapter: [n, r]."""
         if x is not self._x:
-            flat = x.reshape(-1, x.shape[-1])
-            rows = self.batch.rows
+            flat, rows, cores = x.reshape(-1, x.shape[-1]), self.slots.rows, self.slots.cores
             assert rows is not None
             h = shrink(flat if rows is ALL_ROWS else flat[rows], self._a)
-            self._out = self.multiply(h).split(self._rank, dim=1)
+            h = h.unflatten(1, cores.shape[1:3])
+            self._out = apply_cores(h, cores, self.slots.slot_rows, self.slots.own()).unbind(1)
             self._x = x
         out = self._out[member]
-        if member + 1 == self._size:
+        if member + 1 == len(self._out):
             self._x, self._out = None, ()
         return out
+
+
+class PackedDeltas:
+    """The deltas of a group whose layers are packed together, A among their weights."""
+
+    def __init__(self, slots: GroupSlots, delta: GroupDelta) -> None:
+        self._slots = slots
+        self._delta = delta
+
+    @property
+    def rows(self) -> slice | None:
+        return self._slots.rows
+
+    def add(self, y: torch.Tensor, h: torch.Tensor) -> None:
+        self._delta.add(y, h, self._slots.slot_rows, self._slots.own)
 
 
 class SlotCores:
@@ -147,7 +186,7 @@ class SlotCores:
 
     @property
     def rows(self) -> slice | None:
-        return self._group.rows
+        return self._group.slots.rows
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return self._group.compute(x, self._member)
@@ -173,24 +212,23 @@ def adapt_for_slots(
     sizes = [(len(g), basis.targets[g[0]].rank) for g in groups]
     batch = CoreRows(slots, sizes, model.dtype)
     for number, members in enumerate(groups):
-        _adapt_group(model, basis, GroupCores(batch, number, basis, members, slots))
+        _adapt_group(model, basis, GroupSlots(batch, number, basis, members, slots))
     return batch
 
 
-def _adapt_group(model: PreTrainedModel, basis: Basis, cores: GroupCores) -> None:
+def _adapt_group(model: PreTrainedModel, basis: Basis, slots: GroupSlots) -> None:
     """Inside their packed group, where they are the members of one, or each layer by itself."""
-    seats = [model.get_submodule(name) for name in cores.modules]
+    seats = [model.get_submodule(name) for name in slots.modules]
+    shrinks = [basis.a(name) for name in slots.modules]
     group = _common_group(seats)
     if group is None or group.adapted:
-        for member, name in enumerate(cores.modules):
+        cores = GroupCores(slots, torch.cat(shrinks).to(model.device, model.dtype))
+        for member, name in enumerate(slots.modules):
             adapt_layer(model, basis, name, SlotCores(cores, member))
         return
-    pairs = [
-        (seat.member, basis.a(name), basis.b(name))
-        for seat, name in zip(seats, cores.modules, strict=True)
-        if isinstance(seat, PackedLinear)
-    ]
-    group.adapt(pairs, cores)
+    begins = [group.begin(seat.member) for seat in seats if isinstance(seat, PackedLinear)]
+    parts = [basis.b(name).to(model.dtype) for name in slots.modules]
+    group.adapt(shrinks, PackedDeltas(slots, GroupDelta(parts, begins, slots.cores)))
 
 
 def _common_group(layers: list[nn.Module]) -> PackedGroup | None:

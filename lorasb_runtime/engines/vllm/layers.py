@@ -26,10 +26,8 @@ from vllm.model_executor.layers.linear import (
 
 from lorasb_runtime.engines.vllm.placement import Group
 from lorasb_runtime.engines.vllm.sharding import (
-    Expand,
     Segment,
     column_segments,
-    expands_of,
     qkv_segments,
     shard_a,
     shard_b,
@@ -112,11 +110,11 @@ def segments_of(base: Any) -> tuple[Segment, ...]:
 
 def shared_pair(
     base: Any, members: int, group: Group, basis: Basis
-) -> tuple[torch.Tensor, tuple[Expand, ...]]:
-    """A [m * r, in] and the expand step of a group on this rank, in float32.
+) -> tuple[torch.Tensor, list[torch.Tensor], list[int]]:
+    """A, B and where the outputs begin, of a group on this rank, in float32.
 
-    members: modules that are fused in the layer. Raises BasisMismatchError for other shapes than
-    the layer's.
+    As `GroupDelta` takes them: A [m * r, in], and B [out_i, r] of each member. members: modules
+    that are fused in the layer. Raises BasisMismatchError for other shapes than the layer's.
     """
     segments = segments_of(base)
     if members == 1:
@@ -131,7 +129,7 @@ def shared_pair(
     starts = [0]
     for part in parts:
         starts.append(starts[-1] + sum(segment.local for segment in part))
-    stacked, expands = [], []
+    shrinks, expands = [], []
     for member, index in zip(group.members, group.targets, strict=True):
         target = basis.targets[index]
         out = sum(segment.size for segment in parts[member])
@@ -143,7 +141,7 @@ def shared_pair(
         a = basis.a(target.module)
         if isinstance(base, RowParallelLinear):
             a = shard_a(a, base.tp_size, base.tp_rank)
-        stacked.append(a)
+        shrinks.append(a)
         expands.append(shard_b(basis.b(target.module), parts[member]))
-    offsets = [starts[member] for member in group.members]
-    return torch.cat(stacked), expands_of(expands, offsets)
+    begins = [starts[member] for member in group.members]
+    return torch.cat(shrinks), expands, begins

@@ -6,7 +6,7 @@ its `remove_lora`; what is held here stays until then, so that no request ever l
 
 import logging
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -179,10 +179,9 @@ def install_groups(
     for number, group in enumerate(groups):
         base = model.get_submodule(group.layer)
         members = len(packed.get(group.layer.rpartition(".")[2], [group.layer]))
-        a, expands = shared_pair(base, members, group, basis)
-        shape = len(group.targets), group.rank
-        placed = [replace(expand, b=expand.b.to(device, dtype)) for expand in expands]
-        delta = SharedDelta(a.to(device, dtype), placed, resident, number, shape)
+        a, bs, begins = shared_pair(base, members, group, basis)
+        placed = [b.to(device, dtype) for b in bs]
+        delta = SharedDelta(a.to(device, dtype), placed, begins, resident, number)
         deltas.setdefault(group.layer, []).append(delta)
     for name, parts in deltas.items():
         replace_submodule(model, name, shared_layer(model.get_submodule(name), name, parts))

@@ -58,38 +58,3 @@ def shard_b(b: torch.Tensor, segments: Sequence[Segment]) -> torch.Tensor:
 def shard_a(a: torch.Tensor, tp_size: int, tp_rank: int) -> torch.Tensor:
     """This rank's columns of a row-parallel layer's A [r, in]: [r, in / tp_size]."""
     return a.chunk(tp_size, dim=1)[tp_rank]
-
-
-# Up to this rank one multiply by a matrix with zeros in it beats one for each member (measured on
-# CPU in bfloat16: 31 against 55 microseconds for qkv at rank 16, 156 against 105 at rank 64).
-LARGEST_BLOCK_RANK = 16
-
-
-@dataclass(frozen=True)
-class Expand:
-    """One multiply of a group's expand step.
-
-    b: [rows, columns]. It takes R A x's numbers `start`..`start + columns`, and adds to the
-    layer's outputs `row`..`row + rows`.
-    """
-
-    b: torch.Tensor
-    start: int
-    row: int
-
-
-def expands_of(parts: Sequence[torch.Tensor], offsets: Sequence[int]) -> tuple[Expand, ...]:
-    """Few multiplies that expand all members: part i [out_i, r], added to outputs offsets[i].. .
-
-    The members' outputs do not overlap.
-    """
-    rank = parts[0].shape[1]
-    if rank > LARGEST_BLOCK_RANK or len(parts) == 1:
-        pairs = enumerate(zip(parts, offsets, strict=True))
-        return tuple(Expand(part, i * rank, offset) for i, (part, offset) in pairs)
-    first, rows = min(offsets), max(o + len(p) for p, o in zip(parts, offsets, strict=True))
-    block = parts[0].new_zeros(rows - first, rank * len(parts))
-    for i, (part, offset) in enumerate(zip(parts, offsets, strict=True)):
-        at = offset - first
-        block[at : at + part.shape[0], i * rank : (i + 1) * rank] = part
-    return (Expand(block, 0, first),)

@@ -5,44 +5,39 @@ values, so that they can be traced by torch.compile and captured in CUDA graphs.
 """
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 
-from lorasb_runtime.engines.torch.core_rows import CoreRows
 from lorasb_runtime.engines.vllm.resident import ResidentCores
-from lorasb_runtime.engines.vllm.sharding import Expand
 from lorasb_runtime.models.adapted_linear import ALL_ROWS
 from lorasb_runtime.ops.core_kernel import kernel_works, slot_matvec
-from lorasb_runtime.ops.core_matmul import SlotRows, apply_cores, expand_add, shrink
+from lorasb_runtime.ops.core_matmul import shrink
+from lorasb_runtime.ops.group_delta import GroupDelta
 
 
 class SharedDelta:
-    """a: [m * r, in], the members' A one under the other. expands: their B, as of `expands_of`.
+    """The group's pair and cores, held here, as its layer's buffers would be looked up each step.
 
-    Both are this tensor-parallel rank's part, in the dtype of the activations, and no buffers of a
-    module: they are looked up for every layer in every step.
+    All are this tensor-parallel rank's part, in the dtype of the activations.
     """
 
     def __init__(
         self,
         a: torch.Tensor,
-        expands: Sequence[Expand],
+        parts: Sequence[torch.Tensor],
+        begins: Sequence[int],
         resident: ResidentCores,
         group: int,
-        shape: tuple[int, int],
     ) -> None:
-        """group: its number among the resident cores' groups. shape: (m, r)."""
-        self.a = a
-        self.expands = tuple((e.b, e.start, e.row) for e in expands)
-        self.members, self.rank = shape
+        """a, parts, begins: as of `GroupDelta`. group: its number among the resident cores'."""
         self.resident = resident
-        self._group = group
+        shape = len(parts), parts[0].shape[1]
         self._cores = resident.cores(group, *shape)
-        self._on_device = resident.on_device
-        self._batch: SlotRows | None = None
-        self._own: torch.Tensor | None = None  # of that batch
+        self._delta = GroupDelta(parts, begins, self._cores, a)
+        self._own = partial(resident.rows.own, group)
         self._kernel = a.device.type == "cuda" and kernel_works(
-            self.members, self.rank, a.dtype, self._cores.dtype, a.device
+            *shape, a.dtype, self._cores.dtype, a.device
         )
 
     def add_to(self, output: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -50,59 +45,36 @@ class SharedDelta:
 
         In place.
         """
-        if self._on_device:
+        if self.resident.on_device:
             self._add_traced(output, x)
         elif self.resident.rows.rows is not None:
-            self._add_rows(output, x, self.resident.rows)
+            self._add_rows(output, x)
         return output
 
     def _add_traced(self, output: torch.Tensor, x: torch.Tensor) -> None:
+        assert self._delta.a is not None
         slots = self.resident.token_slots[: x.shape[0]]
-        h = shrink(x, self.a).view(-1, self.members, self.rank)
+        h = shrink(x, self._delta.a).unflatten(1, self._cores.shape[1:3])
         if self._kernel:
             h = torch.ops.lorasb.slot_matvec(h, self._cores, slots)
         else:
             h = torch.matmul(self._cores.index_select(0, slots).to(h.dtype), h.unsqueeze(-1))
-        self._expand(output, h.reshape(x.shape[0], -1))
+        h = h.reshape(x.shape[0], -1)
+        for expand in self._delta.expands:
+            expand.add(output, h)
 
-    def _add_rows(self, output: torch.Tensor, x: torch.Tensor, rows: CoreRows) -> None:
-        if rows.slot_rows is not self._batch:
-            self._batch, self._own = rows.slot_rows, self._all_decoding(rows)
-        if self._own is not None and x.shape[0] == self._own.shape[0]:
-            h = shrink(x, self.a).to(rows.dtype)
-            h = torch.bmm(h.view(-1, 1, self.rank), self._own.flatten(0, 1))
-            self._expand(output, h.view(x.shape[0], -1).to(x.dtype))
-        else:
-            self._add_mixed(output, x, rows)
-
-    def _all_decoding(self, rows: CoreRows) -> torch.Tensor | None:
-        """The rows' transposed cores where each row has its own: the commonest batch."""
-        own = rows.own(self._group)
-        if own is None or rows.slot_rows.runs or self.resident.order is not None:
-            return None
-        return own.transpose(2, 3)
-
-    def _add_mixed(self, output: torch.Tensor, x: torch.Tensor, rows: CoreRows) -> None:
-        begin, end = rows.slot_rows.begin, rows.slot_rows.end
-        order = self.resident.order
-        part, target = x, output
+    def _add_rows(self, output: torch.Tensor, x: torch.Tensor) -> None:
+        batch, order = self.resident.rows, self.resident.order
+        rows = batch.slot_rows
+        begin, end = rows.begin, rows.end
         if order is not None:
-            part = x.index_select(0, order[begin:end])
             target = output.new_zeros(end - begin, output.shape[1])
-        elif rows.rows != ALL_ROWS or x.shape[0] != end:
-            part, target = x[begin:end], output[begin:end]
-        h = shrink(part, self.a).to(rows.dtype).view(-1, self.members, self.rank)
-        h = apply_cores(h, self._cores, rows.slot_rows, rows.own(self._group))
-        self._expand(target, h.reshape(-1, self.members * self.rank).to(x.dtype))
-        if order is not None:
+            self._delta.add(target, x.index_select(0, order[begin:end]), rows, self._own)
             output.index_add_(0, order[begin:end], target)
-
-    def _expand(self, output: torch.Tensor, h: torch.Tensor) -> None:
-        for b, start, row in self.expands:
-            rows, columns = b.shape
-            part = h if columns == h.shape[1] else h[:, start : start + columns]
-            whole = rows == output.shape[1]
-            expand_add(output if whole else output[:, row : row + rows], part, b)
+        elif batch.rows is ALL_ROWS and len(x) == end:
+            self._delta.add(output, x, rows, self._own)
+        else:
+            self._delta.add(output[begin:end], x[begin:end], rows, self._own)
 
 
 @torch.library.custom_op("lorasb::slot_matvec", mutates_args=())

@@ -1,0 +1,71 @@
+// Vectors of 16 float32 and the numbers that are read into them; any compiler with GCC's vector
+// extensions cuts them to the machine's own width.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+constexpr int64_t LANES = 16;
+typedef float vec __attribute__((vector_size(LANES * sizeof(float))));
+typedef uint32_t bits __attribute__((vector_size(LANES * sizeof(uint32_t))));
+typedef uint16_t halves __attribute__((vector_size(LANES * sizeof(uint16_t))));
+
+struct bf16 {
+    uint16_t top;  // the upper half of a float32
+};
+
+static inline float widen(float x) { return x; }
+static inline float widen(bf16 x) {
+    const uint32_t whole = static_cast<uint32_t>(x.top) << 16;
+    float y;
+    memcpy(&y, &whole, sizeof y);
+    return y;
+}
+
+static inline vec load(const float* from) {
+    vec v;
+    memcpy(&v, from, sizeof v);
+    return v;
+}
+static inline vec load(const bf16* from) {
+    halves h;
+    memcpy(&h, from, sizeof h);
+    return reinterpret_cast<vec>(__builtin_convertvector(h, bits) << 16);
+}
+
+static inline void store(float* to, vec v) { memcpy(to, &v, sizeof v); }
+// Rounds to nearest, ties to even; a NaN stays one.
+static inline void store(bf16* to, vec v) {
+    const bits whole = reinterpret_cast<bits>(v);
+    const bits rounded = (whole + 0x7fff + ((whole >> 16) & 1)) >> 16;
+    const bits nan = (whole >> 16) | 0x40;
+    const halves h = __builtin_convertvector(v == v ? rounded : nan, halves);
+    memcpy(to, &h, sizeof h);
+}
+
+// The first `count` of 16 numbers, zeros after them.
+template <class T> static inline vec load_part(const T* from, int64_t count) {
+    if (count >= LANES) return load(from);
+    T all[LANES] = {};
+    memcpy(all, from, count * sizeof(T));
+    return load(all);
+}
+template <class T> static inline void store_part(T* to, vec v, int64_t count) {
+    if (count >= LANES) return store(to, v);
+    T all[LANES];
+    store(all, v);
+    memcpy(to, all, count * sizeof(T));
+}
+
+// Neighbouring lanes of both added up: the sums of a's pairs, then those of b's.
+static inline vec add_pairs(vec a, vec b) {
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
+           __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+}
+
+// Lane i of the result is the sum of v[i]'s lanes.
+static inline vec sums(vec* v) {
+    for (int64_t n = LANES; n > 1; n /= 2)
+        for (int64_t i = 0; i < n / 2; i++) v[i] = add_pairs(v[2 * i], v[2 * i + 1]);
+    return v[0];
+}
