@@ -5,6 +5,7 @@ import torch
 
 from lorasb_runtime.ops import attention
 from lorasb_runtime.ops.attention import attend_decode, decode_bias
+from lorasb_runtime.ops.attention_cpu import attend_cached, attention_kernel
 
 HEADS, KV_HEADS, SIZE, LENGTH = 6, 2, 16, 40
 ERRORS = {torch.float32: 1e-5, torch.bfloat16: 2e-2}
@@ -38,10 +39,76 @@ def test_decode_attention_sees_what_it_should(
             assert (out[row, head].double() - weights @ values).abs().max() < ERRORS[dtype]
 
 
-def test_tiles_choose_the_fused_attention(monkeypatch: pytest.MonkeyPatch) -> None:
-    many, wide = torch.zeros(8, 2, 4, 4), torch.zeros(8, 2, 4, 4, dtype=torch.bfloat16)
-    for tiles in (True, False):
-        monkeypatch.setattr(attention, "has_tiles", lambda _, tiles=tiles: tiles)
-        assert attention._batched(many)
-        assert attention._batched(wide) != tiles
-        assert not attention._batched(many[:2])
+@pytest.mark.parametrize("dtype", list(ERRORS))
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "d", "window", "softcap"),
+    [
+        (6, 2, 16, None, None),
+        (9, 3, 64, 20, None),
+        (5, 1, 24, None, 3.0),  # five heads share a key: four and one
+        (2, 2, 8, 7, None),
+        (4, 1, 80, 1, None),
+        (8, 2, 128, None, 5.0),
+        (3, 3, 7, 18, 2.0),
+    ],
+)
+def test_the_kernel_stores_and_attends_in_place(
+    heads: int,
+    kv_heads: int,
+    d: int,
+    window: int | None,
+    softcap: float | None,
+    dtype: torch.dtype,
+) -> None:
+    """Sequences of many lengths in rows of any order; what is no one's stays as it is."""
+    kernel = attention_kernel(dtype, torch.device("cpu"))
+    assert kernel is not None
+    torch.manual_seed(d)
+    capacity, rows = 70, [4, 0, 7, 2, 5]
+    positions = [0, 15, 16, 38, 69]
+    keys, values = torch.full((2, 9, kv_heads, capacity, d), torch.nan, dtype=dtype)
+    for row, at in zip(rows, positions, strict=True):
+        keys[row, :, :at], values[row, :, :at] = torch.randn(2, kv_heads, at, d).to(dtype)
+    before = keys.clone(), values.clone()
+    packed = torch.randn(len(rows), (heads + 2 * kv_heads) * d + 3).to(dtype)[:, :-3]
+    q, k, v = (
+        part.unflatten(1, (-1, d))
+        for part in packed.split([heads * d, kv_heads * d, kv_heads * d], dim=1)
+    )
+    out = torch.zeros(len(rows), heads, d, dtype=dtype)
+    attend_cached(
+        kernel,
+        (q, k, v),
+        out,
+        (keys, values),
+        torch.tensor(rows),
+        torch.tensor(positions),
+        scaling=d**-0.5,
+        window=window,
+        softcap=softcap,
+    )
+    for i, (row, at) in enumerate(zip(rows, positions, strict=True)):
+        for old, new in zip(before, (k, v), strict=True):
+            old[row, :, at] = new[i]
+        seen = slice(max(0, at + 1 - (window or at + 1)), at + 1)
+        for head in range(heads):
+            shared = head * kv_heads // heads
+            own, theirs = (t[row, shared, seen].double() for t in before)
+            scores = own @ q[i, head].double() / d**0.5
+            if softcap is not None:
+                scores = softcap * torch.tanh(scores / softcap)
+            expected = torch.softmax(scores, dim=0) @ theirs
+            assert (out[i, head].double() - expected).abs().max() < ERRORS[dtype]
+    for found, old in zip((keys, values), before, strict=True):
+        assert torch.equal(found.nan_to_num(7), old.nan_to_num(7))
+
+
+def test_the_kernel_keeps_a_nan_in_its_sequence() -> None:
+    kernel = attention_kernel(torch.float32, torch.device("cpu"))
+    assert kernel is not None
+    keys, values = torch.randn(2, 2, 1, 40, 16)
+    keys[1, 0, 20] = torch.nan
+    q, k, v, out = torch.randn(4, 2, 1, 16)
+    places = torch.tensor([0, 1]), torch.tensor([39, 39])
+    attend_cached(kernel, (q, k, v), out, (keys, values), *places, scaling=0.25)
+    assert out[0].isfinite().all() and out[1].isnan().all()

@@ -10,7 +10,7 @@ from lorasb_runtime.adapters.slots import SlotTable
 from lorasb_runtime.engines.torch.core_rows import CoreRows
 from lorasb_runtime.models.adapted_linear import ALL_ROWS
 from lorasb_runtime.models.packed_linear import PackedGroup, PackedLinear
-from lorasb_runtime.models.shared_inputs import neighbours_with_one_input, watch_inputs
+from lorasb_runtime.models.shared_inputs import inputs_of, neighbours_with_one_input, watch_calls
 from lorasb_runtime.ops import dense as dense_module
 from lorasb_runtime.ops.core_matmul import SlotRows, apply_cores, expand_add, shrink
 from lorasb_runtime.ops.dense import compute_dtype, pack_weight
@@ -187,11 +187,11 @@ def test_neighbours_that_read_one_tensor_are_found() -> None:
     layers = nn.ModuleDict({n: nn.Linear(4, 4) for n in ("q", "k", "o", "gate", "idle", "twice")})
     names = list(layers)
     x = torch.randn(2, 4)
-    with watch_inputs(layers, names) as inputs:
+    with watch_calls(layers, names) as calls:
         y = layers["q"](x) + layers["k"](x)
         layers["gate"](layers["o"](y))
         layers["twice"](layers["twice"](y))
-    assert neighbours_with_one_input(names, inputs) == [
+    assert neighbours_with_one_input(names, inputs_of(calls)) == [
         ["q", "k"],
         ["o"],
         ["gate"],

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from bases import random_adapter, random_basis, reference_logits
-from driving import CPU, drive
+from driving import drive
 
 from lorasb_runtime.adapters.loaded_adapter import LoadedAdapter
 from lorasb_runtime.adapters.names import parse_name
@@ -17,8 +17,8 @@ from lorasb_runtime.config import CacheConfig, EngineConfig, SchedulerConfig
 from lorasb_runtime.engines.base import Chunk, GenerationRequest, Grammar, SamplingParams
 from lorasb_runtime.engines.torch.build import load_engine
 from lorasb_runtime.engines.torch.engine import TorchEngine
-from lorasb_runtime.engines.torch.prepare import load_model
 from lorasb_runtime.errors import EngineError, InputError
+from lorasb_runtime.models.load import load_causal_lm
 from lorasb_runtime.storage.adapter_file import Adapter
 from lorasb_runtime.storage.basis_file import Basis
 
@@ -140,8 +140,7 @@ def test_slot_zero_is_the_untouched_model(pico: Path, engine: TorchEngine) -> No
     prompt = list(range(40, 60))
     found = tokens_of(asyncio.run(run(engine, request(prompt)))[0])
     expected = list(prompt)
-    model = load_model(pico, torch.float32, CPU)
-    model.set_attn_implementation("eager")
+    model = load_causal_lm(pico, torch.float32, attention="eager")
     with torch.inference_mode():
         for _ in found:
             logits = model(input_ids=torch.tensor([expected]), use_cache=False).logits

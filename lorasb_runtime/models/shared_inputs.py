@@ -1,30 +1,39 @@
-"""Finds linear layers that read one and the same tensor (q, k and v; gate and up), in a pass."""
+"""What modules are given in a pass, and which linear layers (q, k and v; gate and up) share it."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 
 
-@contextmanager
-def watch_inputs(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, torch.Tensor]]:
-    """What each of these layers was given in the forward pass that runs inside the `with`.
+@dataclass(frozen=True)
+class Call:
+    """What a module was given."""
 
-    A layer that did not run, ran more than once or was given it by keyword is left out.
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@contextmanager
+def watch_calls(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Call]]:
+    """What each of these modules was given in the forward pass that runs inside the `with`.
+
+    One that did not run or ran more than once is left out.
     """
-    seen: dict[str, torch.Tensor] = {}
+    seen: dict[str, Call] = {}
     twice: set[str] = set()
     handles = []
     for name in names:
 
-        def look(_: nn.Module, inputs: tuple[Any, ...], name: str = name) -> None:
+        def look(_: nn.Module, args: Any, kwargs: Any, name: str = name) -> None:
             twice.update({name} & seen.keys())
-            if inputs:
-                seen[name] = inputs[0]
+            seen[name] = Call(args, kwargs)
 
-        handles.append(model.get_submodule(name).register_forward_pre_hook(look))
+        module = model.get_submodule(name)
+        handles.append(module.register_forward_pre_hook(look, with_kwargs=True))
     try:
         yield seen
     finally:
@@ -32,6 +41,11 @@ def watch_inputs(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, t
             handle.remove()
         for name in twice:
             del seen[name]
+
+
+def inputs_of(calls: Mapping[str, Call]) -> dict[str, torch.Tensor]:
+    """The tensors that modules were given; one that was given it by keyword is left out."""
+    return {name: call.args[0] for name, call in calls.items() if call.args}
 
 
 def neighbours_with_one_input(

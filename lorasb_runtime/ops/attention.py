@@ -3,11 +3,8 @@
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from lorasb_runtime.ops.dense import has_tiles
-
 # From this many rows on, a CPU is faster by batched multiplies than by torch's fused attention,
-# which handles each head's few queries on their own; 16-bit keys are widened for it, so many, and
-# none where the CPU has AMX, whose tiles the fused attention uses for bfloat16.
+# which handles each head's few queries on their own; 16-bit keys are widened for it, so many.
 FEWEST_BATCHED_ROWS = 4
 MOST_WIDENED_KEYS = 1 << 22
 
@@ -47,9 +44,7 @@ def _batched(k: torch.Tensor) -> bool:
     """Whether queries over keys [rows, kv_heads, length, d] are handled by batched multiplies."""
     if k.device.type != "cpu" or k.shape[0] < FEWEST_BATCHED_ROWS:
         return False
-    if k.dtype == torch.float32:
-        return True
-    return k.numel() <= MOST_WIDENED_KEYS and not has_tiles(k.dtype)
+    return k.dtype == torch.float32 or k.numel() <= MOST_WIDENED_KEYS
 
 
 def attend_prefill(

@@ -5,15 +5,12 @@ reference is `core_matmul`'s.
 """
 
 import ctypes
-import logging
 from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
 
-from lorasb_runtime.ops.cpu_library import DTYPE_NAMES, cpu_library
-
-logger = logging.getLogger(__name__)
+from lorasb_runtime.ops.cpu_library import cpu_function
 
 LANES = 16  # numbers in a vector, as of cpu/vectors.h
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
@@ -74,16 +71,7 @@ def kernel_for(
     dtype: torch.dtype, stored: torch.dtype, device: torch.device
 ) -> Callable[..., None] | None:
     """The kernel for activations of `dtype` and cores of `stored`; None where there is none."""
-    names = DTYPE_NAMES.get(dtype), DTYPE_NAMES.get(stored)
-    if device.type != "cpu" or None in names:
-        return None
-    library = cpu_library()
-    if library is None:
-        return None
-    kernel = getattr(library, "add_delta_{}_{}".format(*names))
-    kernel.argtypes, kernel.restype = _ARGUMENTS, None
-    found: Callable[..., None] = kernel
-    return found
+    return cpu_function("add_delta", (dtype, stored), device, _ARGUMENTS)
 
 
 def _blocks(matrix: torch.Tensor) -> torch.Tensor:

@@ -11,8 +11,10 @@ import os
 import stat
 import subprocess
 import tempfile
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,7 +24,7 @@ SOURCES = Path(__file__).with_name("cpu")
 # OpenMP's threads are torch's own: its libgomp has the name that the library asks for.
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-Wno-psabi")
 SECONDS = 120  # for one run of the compiler
-# As the kernels' names have them.
+# As the functions' names have them.
 DTYPE_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
 
 
@@ -41,6 +43,24 @@ def cpu_library() -> ctypes.CDLL | None:
             " ".join(detail.split())[:300],
         )
         return None
+
+
+def cpu_function(
+    name: str, dtypes: Sequence[torch.dtype], device: torch.device, arguments: Sequence[Any]
+) -> Callable[..., None] | None:
+    """The library's function `name` for these dtypes; None for others, and on other devices.
+
+    arguments: ctypes' types.
+    """
+    if device.type != "cpu" or not all(dtype in DTYPE_NAMES for dtype in dtypes):
+        return None
+    library = cpu_library()
+    if library is None:
+        return None
+    function = getattr(library, "_".join([name, *(DTYPE_NAMES[dtype] for dtype in dtypes)]))
+    function.argtypes, function.restype = arguments, None
+    found: Callable[..., None] = function
+    return found
 
 
 def build_library(folder: Path) -> ctypes.CDLL:

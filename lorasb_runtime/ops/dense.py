@@ -68,12 +68,6 @@ def matvec_dtype(size: int, dtype: torch.dtype, device: torch.device) -> torch.d
 
 
 @cache
-def has_tiles(dtype: torch.dtype) -> bool:
-    """Whether this CPU multiplies matrices of the dtype in AMX tiles."""
-    return dtype == torch.bfloat16 and bool(torch.cpu.get_capabilities().get("amx_bf16"))
-
-
-@cache
 def _native(dtype: torch.dtype) -> bool:
     """Whether this CPU has instructions for the dtype."""
     if dtype == torch.bfloat16:

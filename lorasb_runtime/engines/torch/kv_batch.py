@@ -4,6 +4,7 @@ Rows of the batch: decoding sequences first, ordered by region, then the prefill
 """
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 
@@ -11,10 +12,15 @@ from lorasb_runtime.engines.torch.kv_cache import KVCache
 from lorasb_runtime.engines.torch.kv_regions import Region
 from lorasb_runtime.engines.torch.scheduler import Step
 from lorasb_runtime.ops.attention import attend_decode, attend_prefill, causal_bias, decode_bias
+from lorasb_runtime.ops.attention_cpu import attend_cached, attention_kernel
 
 # Decoding rows are read in place, idle rows between them included, down to this share of use;
 # below it the rows are gathered.
 IN_PLACE_SHARE = 0.5
+
+
+# Of the batch's new tokens: [n, heads, d] and twice [n, kv_heads, d].
+QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,15 @@ class LayerCall:
     scaling: float
     window: int | None
     softcap: float | None
+
+
+class Attends(Protocol):
+    """What an attention layer hands its queries, keys and values to."""
+
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: LayerCall
+    ) -> torch.Tensor:
+        """[tokens, heads, d] and twice [tokens, kv_heads, d] -> [tokens, heads, d]."""
 
 
 @dataclass
@@ -50,10 +65,33 @@ class DecodeGroup:
     def gathered(self) -> bool:
         return (self.end - self.begin) < IN_PLACE_SHARE * (self.hi - self.lo)
 
-    def attend(self, cache: KVCache, q: torch.Tensor, call: LayerCall) -> torch.Tensor:
+    def store_and_attend(
+        self, cache: KVCache, qkv: QKV, out: torch.Tensor, call: LayerCall
+    ) -> None:
+        """qkv: [n, heads, d] and twice [n, kv_heads, d], of the new tokens. out: [n, heads, d]."""
+        cached = cache.keys[self.size][call.layer], cache.values[self.size][call.layer]
+        kernel = attention_kernel(out.dtype, out.device)
+        if kernel is not None:
+            attend_cached(
+                kernel,
+                qkv,
+                out,
+                cached,
+                self.rows,
+                self.positions,
+                scaling=call.scaling,
+                window=call.window,
+                softcap=call.softcap,
+            )
+            return
+        for tensor, new in zip(cached, qkv[1:], strict=True):
+            tensor[self.rows, :, self.positions] = new
+        out.copy_(self._attend(*cached, qkv[0], call))
+
+    def _attend(
+        self, keys: torch.Tensor, values: torch.Tensor, q: torch.Tensor, call: LayerCall
+    ) -> torch.Tensor:
         """[n, heads, d] -> [n, heads, d]."""
-        keys = cache.keys[self.size][call.layer]
-        values = cache.values[self.size][call.layer]
         if self.gathered:
             k = keys[:, :, : self.width].index_select(0, self.rows)
             v = values[:, :, : self.width].index_select(0, self.rows)
@@ -86,17 +124,23 @@ class PrefillSpan:
     end: int
     _biases: dict[int | None, torch.Tensor] = field(default_factory=dict)
 
-    def attend(self, cache: KVCache, q: torch.Tensor, call: LayerCall) -> torch.Tensor:
-        """[heads, chunk, d] -> [heads, chunk, d]."""
+    def store_and_attend(
+        self, cache: KVCache, qkv: QKV, out: torch.Tensor, call: LayerCall
+    ) -> None:
+        """qkv: [chunk, heads, d] and twice [chunk, kv_heads, d]. out: [chunk, heads, d]."""
+        q, *new = (tensor.transpose(0, 1) for tensor in qkv)
         stop = self.start + self.end - self.begin
-        k = cache.keys[self.region.size][call.layer][self.region.row, :, :stop]
-        v = cache.values[self.region.size][call.layer][self.region.row, :, :stop]
+        row = self.region.row
+        k, v = (t[self.region.size][call.layer][row, :, :stop] for t in (cache.keys, cache.values))
+        for tensor, added in zip((k, v), new, strict=True):
+            tensor[:, self.start :] = added
         bias = None
         if self.start or (call.window is not None and stop > call.window):
             if call.window not in self._biases:
                 self._biases[call.window] = causal_bias(self.start, stop, call.window, q)
             bias = self._biases[call.window]
-        return attend_prefill(q, k, v, bias, call.scaling, call.softcap)
+        attended = attend_prefill(q, k, v, bias, call.scaling, call.softcap)
+        out.copy_(attended.transpose(0, 1))
 
 
 @dataclass
@@ -111,24 +155,14 @@ class KVBatch:
     def attend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: LayerCall
     ) -> torch.Tensor:
-        """Store the new keys and values, then attend: [1, heads, tokens, d] -> same shape."""
+        """Store the new keys and values, then attend: [tokens, heads, d] -> same shape."""
         self.windows[call.layer] = call.window
-        parts = []
-        for group in self.groups:
-            rows = slice(group.begin, group.end)
-            for tensors, new in ((self.cache.keys, k), (self.cache.values, v)):
-                own = new[0, :, rows].transpose(0, 1)
-                tensors[group.size][call.layer][group.rows, :, group.positions] = own
-            own_q = q[0, :, rows].transpose(0, 1)
-            parts.append(group.attend(self.cache, own_q, call).transpose(0, 1))
-        for span in self.prefills:
-            rows = slice(span.begin, span.end)
-            stop = span.start + span.end - span.begin
-            for tensors, new in ((self.cache.keys, k), (self.cache.values, v)):
-                target = tensors[span.region.size][call.layer]
-                target[span.region.row, :, span.start : stop] = new[0, :, rows]
-            parts.append(span.attend(self.cache, q[0, :, rows], call))
-        return (parts[0] if len(parts) == 1 else torch.cat(parts, dim=1))[None]
+        out = q.new_empty(q.shape)
+        parts: list[DecodeGroup | PrefillSpan] = [*self.groups, *self.prefills]
+        for part in parts:
+            rows = slice(part.begin, part.end)
+            part.store_and_attend(self.cache, (q[rows], k[rows], v[rows]), out[rows], call)
+        return out
 
 
 def build_kv_batch(cache: KVCache, step: Step, device: torch.device) -> KVBatch:

@@ -69,3 +69,23 @@ static inline vec sums(vec* v) {
         for (int64_t i = 0; i < n / 2; i++) v[i] = add_pairs(v[2 * i], v[2 * i + 1]);
     return v[0];
 }
+
+// e^x, for x up to 0: 2^n times a polynomial of the rest, of 1e-7 relative error. 0 below e^-87;
+// a NaN stays one.
+static inline vec exponential(vec given) {
+    typedef int32_t ints __attribute__((vector_size(LANES * sizeof(int32_t))));
+    const vec lowest = vec{} - 87.0f;
+    const vec x = given > lowest ? given : lowest;
+    const vec scaled = x * 1.44269504f;
+    const ints n = __builtin_convertvector(scaled - 0.5f, ints);  // towards zero: nearest, as x <= 0
+    const vec whole = __builtin_convertvector(n, vec);
+    const vec rest = (x - whole * 0.693359375f) + whole * 2.12194440e-4f;
+    vec p = rest * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * rest + 8.3334519073e-3f;
+    p = p * rest + 4.1665795894e-2f;
+    p = p * rest + 1.6666665459e-1f;
+    p = p * rest + 5.0000001201e-1f;
+    p = p * rest * rest + rest + 1.0f;
+    const vec power = p * reinterpret_cast<vec>((n + 127) << 23);
+    return given >= lowest ? power : given < lowest ? vec{} : given;
+}
