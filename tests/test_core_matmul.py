@@ -54,9 +54,9 @@ class FixedDeltas:
         self.delta = delta
         self.rows = rows
 
-    def add(self, y: torch.Tensor, h: torch.Tensor) -> None:
+    def add(self, y: torch.Tensor) -> None:
         slots = torch.ones(len(y), dtype=torch.int64)
-        self.delta.add(y, h, SlotRows(slots, (), 0, len(y)), lambda: None)
+        self.delta.add(y, None, SlotRows(slots, (), 0, len(y)), lambda: None)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -79,7 +79,7 @@ def test_a_packed_group_is_its_layers_with_their_adapters(
     ]
     cores = torch.randn(2, len(adapted), 4, 4).to(dtype)
     begins = [group.begin(m) for m in adapted]
-    delta = GroupDelta([b for _, _, b in pairs], begins, cores)
+    delta = GroupDelta([b for _, _, b in pairs], begins, cores, shrunk=group.width)
     group.adapt([a for _, a, _ in pairs], FixedDeltas(delta, rows))
     assert group.adapted
     x = torch.randn(1, 7, 320).to(dtype)

@@ -67,16 +67,19 @@ def check(
         slots += [slot] * count
     rows = SlotRows(torch.tensor(decodes, dtype=torch.int64), tuple(spans), 0, len(slots))
     x = torch.randn(len(slots), group.a.shape[1]).to(dtype)
-    wide = torch.randn(len(slots), group.width + 5).to(dtype)
-    before, y = wide.clone(), wide[:, 2 : 2 + group.width]
-    expected = y.double() + group.delta(slots, x)
+    after = group.width + len(group.a)
+    wide = torch.randn(len(slots), after + 5).to(dtype)
+    y = wide[:, 2 : 2 + after]
+    y[:, group.width :] = x.double() @ group.a.double().t()
+    before = wide.clone()
+    expected = y[:, : group.width].double() + group.delta(slots, x)
     if shrunk:
-        given = torch.zeros(len(slots), group.a.shape[0] + 9, dtype=dtype)[:, 4:-5]
-        given.copy_((x.double() @ group.a.double().t()).to(dtype))
-        GroupDelta(group.parts, group.begins, group.cores).add(y, given, rows, lambda: None)
+        delta = GroupDelta(group.parts, group.begins, group.cores, shrunk=group.width)
+        delta.add(y, None, rows, lambda: None)
     else:
-        GroupDelta(group.parts, group.begins, group.cores, group.a).add(y, x, rows, lambda: None)
-    assert close(y, expected, dtype, 8)
+        delta = GroupDelta(group.parts, group.begins, group.cores, a=group.a)
+        delta.add(y[:, : group.width], x, rows, lambda: None)
+    assert close(y[:, : group.width], expected, dtype, 8)
     columns = torch.ones(wide.shape[1], dtype=torch.bool)
     for begin, b in zip(group.begins, group.parts, strict=True):
         columns[2 + begin : 2 + begin + len(b)] = False
@@ -146,7 +149,7 @@ def test_numbers_that_are_none_stay_in_their_row(form: str) -> None:
     y = torch.zeros(4, group.width, dtype=torch.bfloat16)
     x = torch.randn(4, 24).bfloat16()
     rows = SlotRows(torch.tensor([1, 2, 3, 0]), (), 0, 4)
-    GroupDelta(group.parts, group.begins, group.cores, group.a).add(y, x, rows, lambda: None)
+    GroupDelta(group.parts, group.begins, group.cores, a=group.a).add(y, x, rows, lambda: None)
     assert y[0].isfinite().all() and y[0].any() and not y[3].any()
     assert not y[1].isfinite().all() and y[2].isnan().any()
 

@@ -18,8 +18,11 @@ class DeltaRows(Protocol):
     def rows(self) -> slice | None:
         """The rows that may have an adapter; None when all are the base model's."""
 
-    def add(self, y: torch.Tensor, h: torch.Tensor) -> None:
-        """Add B R h to the layers' outputs y [rows, sum of out], for h = A x [rows, m * r]."""
+    def add(self, y: torch.Tensor) -> None:
+        """Add B R h to the layers' outputs, in place.
+
+        y: [rows, sum of out + m * r], what the layers put out and then h = A x.
+        """
 
 
 class PackedGroup:
@@ -32,7 +35,7 @@ class PackedGroup:
     def __init__(self, layers: Sequence[nn.Linear], packed: torch.Tensor) -> None:
         """packed: of the layers' weights one below the other."""
         self._sizes = [layer.out_features for layer in layers]
-        self._width = sum(self._sizes)
+        self._parts = list(self._sizes)  # of what the packed weight gives
         self._packed = packed
         self._bias = _stacked_bias(layers)
         self._deltas: DeltaRows | None = None
@@ -47,6 +50,11 @@ class PackedGroup:
         """The first column of the member's output among all members'."""
         return sum(self._sizes[:member])
 
+    @property
+    def width(self) -> int:
+        """Of all members' output."""
+        return sum(self._sizes)
+
     def adapt(self, shrinks: Sequence[torch.Tensor], deltas: DeltaRows) -> None:
         """Add B R A x to members; A joins the weights, so that shrinking costs next to nothing.
 
@@ -60,6 +68,7 @@ class PackedGroup:
             added = sum(len(a) for a in shrinks)
             self._bias = torch.cat([self._bias, self._bias.new_zeros(added)])
         self._deltas = deltas
+        self._parts.append(sum(len(a) for a in shrinks))
 
     def compute(self, x: torch.Tensor, member: int) -> torch.Tensor:
         """Member's part for x: [..., in] -> [..., out], a view of all members' output."""
@@ -67,10 +76,9 @@ class PackedGroup:
             y = packed_linear(x, self._packed, self._bias)
             if self._deltas is not None:
                 self._add_adapters(y, self._deltas)
-                y = y[..., : self._width]
             if len(self._sizes) == 1:
-                return y
-            self._out = torch.split_with_sizes(y, self._sizes, dim=-1)
+                return y if self._deltas is None else y[..., : self._sizes[0]]
+            self._out = torch.split_with_sizes(y, self._parts, dim=-1)
             self._x = x
         out = self._out[member]
         if member + 1 == len(self._sizes):
@@ -82,8 +90,7 @@ class PackedGroup:
         if rows is None:
             return
         flat = y.view(-1, y.shape[-1])
-        flat = flat if rows is ALL_ROWS else flat[rows]
-        deltas.add(flat[:, : self._width], flat[:, self._width :])
+        deltas.add(flat if rows is ALL_ROWS else flat[rows])
 
 
 class PackedLinear(nn.Linear):

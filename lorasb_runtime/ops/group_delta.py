@@ -42,38 +42,48 @@ class GroupDelta:
         parts: Sequence[torch.Tensor],
         begins: Sequence[int],
         cores: torch.Tensor,
+        *,
         a: torch.Tensor | None = None,
+        shrunk: int = 0,
     ) -> None:
         """parts: B [out_i, r] of each member, whose output is y's columns begins[i].. .
 
-        They do not overlap. cores: [slots, m, r, r], a view of the slot table. a: [m * r, in].
+        They do not overlap. cores: [slots, m, r, r], a view of the slot table. a: [m * r, in]; or
+        shrunk: the column of y from which on A x stands already.
         """
         self.a = a
         self.expands = expands_of(parts, begins)
         self._cores = cores
         self._shape = cores.shape[1:3]
+        self._shrunk = shrunk
         kernel = kernel_for(parts[0].dtype, cores.dtype, cores.device)
         self._kernel = None if kernel is None else CoreKernel(kernel, parts, begins, cores, a)
 
     def add(
         self,
         y: torch.Tensor,
-        x: torch.Tensor,
+        x: torch.Tensor | None,
         rows: SlotRows,
         own: Callable[[], torch.Tensor | None],
     ) -> None:
         """Add in place to rows begin..end, each with its own slot's core.
 
-        y: [end - begin, width]. x: [end - begin, in], or [end - begin, m * r] where there is no A.
+        y: [end - begin, width]. x: [end - begin, in], None where A x stands in y.
         own: gives the decoding rows' cores as `apply_cores` takes them.
         """
         if self._kernel is not None and rows.decodes:
-            self._kernel.add(y[: rows.decodes], x[: rows.decodes], rows.slots)
-            if rows.decodes == len(y):
+            self._kernel.add(y, x, rows.slots, self._shrunk)
+            if rows.decodes == y.shape[0]:
                 return
-            y, x = y[rows.decodes :], x[rows.decodes :]
+            y = y[rows.decodes :]
+            x = None if x is None else x[rows.decodes :]
             rows = replace(rows, slots=rows.slots[:0], begin=rows.begin + rows.decodes)
-        h = (x if self.a is None else shrink(x, self.a)).unflatten(1, self._shape)
+        if x is None:
+            h = y[:, self._shrunk :]
+        else:
+            assert self.a is not None
+            h = shrink(x, self.a)
+        h = h.unflatten(1, self._shape)
         h = apply_cores(h, self._cores, rows, own() if rows.decodes else None).flatten(1)
         for expand in self.expands:
             expand.add(y, h)

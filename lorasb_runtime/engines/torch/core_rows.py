@@ -81,8 +81,8 @@ class CoreRows:
         """
         count = len(decodes)
         total = runs[-1][2] if runs else count
-        dense = not self._kernel or count > MOST_KERNEL_ROWS
-        if dense and len(set(decodes)) == 1:  # one multiply for all
+        dense = not self._kernel or count > MOST_KERNEL_ROWS or not any(decodes)
+        if dense and len(set(decodes)) == 1:  # one multiply for all, or none
             runs = [(decodes[0], 0, count), *runs]
             decodes = []
         adapted = [(start, end) for slot, start, end in runs if slot != BASE_SLOT]
@@ -173,8 +173,8 @@ class PackedDeltas:
     def rows(self) -> slice | None:
         return self._slots.rows
 
-    def add(self, y: torch.Tensor, h: torch.Tensor) -> None:
-        self._delta.add(y, h, self._slots.slot_rows, self._slots.own)
+    def add(self, y: torch.Tensor) -> None:
+        self._delta.add(y, None, self._slots.slot_rows, self._slots.own)
 
 
 class SlotCores:
@@ -228,7 +228,8 @@ def _adapt_group(model: PreTrainedModel, basis: Basis, slots: GroupSlots) -> Non
         return
     begins = [group.begin(seat.member) for seat in seats if isinstance(seat, PackedLinear)]
     parts = [basis.b(name).to(model.dtype) for name in slots.modules]
-    group.adapt(shrinks, PackedDeltas(slots, GroupDelta(parts, begins, slots.cores)))
+    delta = GroupDelta(parts, begins, slots.cores, shrunk=group.width)
+    group.adapt(shrinks, PackedDeltas(slots, delta))
 
 
 def _common_group(layers: list[nn.Module]) -> PackedGroup | None:

@@ -34,7 +34,7 @@ class SharedDelta:
         self.resident = resident
         shape = len(parts), parts[0].shape[1]
         self._cores = resident.cores(group, *shape)
-        self._delta = GroupDelta(parts, begins, self._cores, a)
+        self._delta = GroupDelta(parts, begins, self._cores, a=a)
         self._own = partial(resident.rows.own, group)
         self._kernel = a.device.type == "cuda" and kernel_works(
             *shape, a.dtype, self._cores.dtype, a.device

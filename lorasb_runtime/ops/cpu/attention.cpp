@@ -14,6 +14,7 @@ namespace {
 
 constexpr int64_t HEADS = 4;    // query heads that are handled together
 constexpr int64_t VECTORS = 4;  // of a value that are added up together
+constexpr int64_t LINE = 64;    // bytes that a processor fetches at once
 
 template <class T> struct Attention {
     const T *q, *k, *v;
@@ -61,7 +62,8 @@ template <class T> struct Attention {
                 store(queries + g * wide + c, load_part(from, d - c) * scaling);
             }
         for (int64_t j = 0; j < length; j += LANES)
-            score<G>(key + j * d, std::min(LANES, length - j), queries, wide, scores + j, padded);
+            score<G>(key + j * d, value + j * d, std::min(LANES, length - j), queries, wide,
+                     scores + j, padded);
         float shares[G];
         for (int64_t g = 0; g < G; g++) shares[g] = 1 / soften(scores + g * padded, padded);
         for (int64_t c = 0; c < d; c += VECTORS * LANES) {
@@ -78,12 +80,17 @@ template <class T> struct Attention {
         }
     }
 
-    // 16 keys' scores, or fewer and then minus infinity.
+    // 16 keys' scores, or fewer and then minus infinity. The next keys and these values are asked
+    // for meanwhile.
     template <int64_t G>
-    void score(const T* key, int64_t count, const float* queries, int64_t wide, float* scores,
-               int64_t padded) const {
+    void score(const T* key, const T* value, int64_t count, const float* queries, int64_t wide,
+               float* scores, int64_t padded) const {
         vec products[G][LANES] = {};
         for (int64_t j = 0; j < count; j++) {
+            for (int64_t c = 0; c < d; c += LINE / sizeof(T)) {
+                __builtin_prefetch(key + (j + LANES) * d + c);
+                __builtin_prefetch(value + j * d + c);
+            }
             vec product[G] = {};
             for (int64_t c = 0; c < d; c += LANES) {
                 const vec part = load_part(key + j * d + c, d - c);
