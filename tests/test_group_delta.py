@@ -1,5 +1,6 @@
 """B (R (A x)) of a group, by the CPU kernel and by torch's multiplies, against float64."""
 
+import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_core_matmul import close
 
-from lorasb_runtime.ops import group_delta
+from lorasb_runtime.ops import cpu_library, group_delta
 from lorasb_runtime.ops.core_cpu import kernel_for
 from lorasb_runtime.ops.core_matmul import SlotRows
+from lorasb_runtime.ops.cpu_library import WITHOUT_TILES, build_library
 from lorasb_runtime.ops.group_delta import GroupDelta, expands_of
 
 CPU = torch.device("cpu")
@@ -86,12 +88,24 @@ def check(
     assert torch.equal(wide[:, columns], before[:, columns])
 
 
-@pytest.fixture(params=["kernel", "torch"])
-def form(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+@pytest.fixture(params=["kernel", "kernel without tiles", "torch"])
+def form(
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> str:
+    """The kernel as this machine has it; as others do, which have no AMX; torch's multiplies."""
     if request.param == "torch":
         monkeypatch.setattr(group_delta, "kernel_for", lambda *_: None)
-    else:
+    elif request.param == "kernel":
         assert kernel_for(torch.float32, torch.float32, CPU) is not None
+    else:
+        folder = tmp_path_factory.getbasetemp() / "library"
+        folder.mkdir(exist_ok=True)
+        flags = WITHOUT_TILES if platform.machine() == "x86_64" else ()
+        other = build_library(folder, flags)
+        monkeypatch.setattr(cpu_library, "cpu_library", lambda: other)
+        monkeypatch.setattr(group_delta, "kernel_for", kernel_for.__wrapped__)
     return str(request.param)
 
 

@@ -12,13 +12,13 @@ import torch
 
 from lorasb_runtime.ops.cpu_library import cpu_function
 
-LANES = 16  # numbers in a vector, as of cpu/vectors.h
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
 _ARGUMENTS = [
     *(_POINTER, _INT, _POINTER, _INT, _INT),  # y, its stride, x, its stride, inputs
     *(_POINTER, _POINTER, _INT, _POINTER, _INT),  # a, cores, their stride, slots, rows
     *(_POINTER, _POINTER, _INT, _INT),  # b, spans, members, r
 ]
+_PACK_ARGUMENTS = [_POINTER, _INT, _INT, _POINTER, _POINTER]
 
 
 class CoreKernel:
@@ -42,8 +42,8 @@ class CoreKernel:
         assert cores.shape[3] == self._rank and cores[0].is_contiguous()
         ends = [begin + len(part) for begin, part in zip(begins, parts, strict=True)]
         spans = [number for span in zip(begins, ends, strict=True) for number in span]
-        b = torch.cat([_blocks(part) for part in parts])
-        shrinks = None if a is None else _blocks(a)
+        b = torch.cat([_packed(part) for part in parts])
+        shrinks = None if a is None else _packed(a)
         self._held = (b, torch.tensor(spans, dtype=torch.int64), shrinks, cores)
         self._inputs = 0 if a is None else a.shape[1]
         self._a = None if shrinks is None else shrinks.data_ptr()
@@ -85,9 +85,13 @@ def kernel_for(
     return cpu_function("add_delta", (dtype, stored), device, _ARGUMENTS)
 
 
-def _blocks(matrix: torch.Tensor) -> torch.Tensor:
-    """[out, in] as blocks of LANES outputs, [blocks, in, LANES], flat; zeros fill up the last."""
-    out, inputs = matrix.shape
-    padded = matrix.new_zeros(-(-out // LANES) * LANES, inputs)
-    padded[:out] = matrix
-    return padded.view(-1, LANES, inputs).transpose(1, 2).reshape(-1)
+def _packed(matrix: torch.Tensor) -> torch.Tensor:
+    """[out, in] in the kernel's own layout, flat and opaque."""
+    pack = cpu_function("pack", (matrix.dtype,), matrix.device, _PACK_ARGUMENTS)
+    assert pack is not None
+    matrix = matrix.contiguous()
+    size = ctypes.c_int64()
+    pack(matrix.data_ptr(), *matrix.shape, None, ctypes.byref(size))
+    packed = matrix.new_zeros(size.value)
+    pack(matrix.data_ptr(), *matrix.shape, packed.data_ptr(), ctypes.byref(size))
+    return packed

@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 SOURCES = Path(__file__).with_name("cpu")
 # OpenMP's threads are torch's own: its libgomp has the name that the library asks for.
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-Wno-psabi")
+# Instructions that an operating system may keep from a process on a CPU that has them.
+WITHOUT_TILES = ("-mno-amx-tile", "-mno-amx-bf16", "-mno-amx-int8")
 SECONDS = 120  # for one run of the compiler
 # As the functions' names have them.
 DTYPE_NAMES = {torch.float32: "f32", torch.bfloat16: "bf16"}
@@ -34,7 +36,10 @@ def cpu_library() -> ctypes.CDLL | None:
     if os.name != "posix":
         return None
     try:
-        return build_library(cache_folder())
+        library = build_library(cache_folder())
+        allowed = ctypes.c_int64()
+        library.kernels_allowed(ctypes.byref(allowed))
+        return library if allowed.value else build_library(cache_folder(), WITHOUT_TILES)
     except (OSError, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or str(error)
         logger.warning(
@@ -63,12 +68,13 @@ def cpu_function(
     return found
 
 
-def build_library(folder: Path) -> ctypes.CDLL:
+def build_library(folder: Path, more: Sequence[str] = ()) -> ctypes.CDLL:
     """Load the library of these sources from `folder`, compiling it where it is not there yet.
 
-    Raises OSError or subprocess.SubprocessError when it can be neither compiled nor loaded.
+    more: flags after the usual ones. Raises OSError or subprocess.SubprocessError when it can be
+    neither compiled nor loaded.
     """
-    command = ["c++", *FLAGS]
+    command = ["c++", *FLAGS, *more]
     sources = sorted(SOURCES.glob("*.cpp"))
     path = folder / f"{_digest(command)}.so"
     if not path.exists():

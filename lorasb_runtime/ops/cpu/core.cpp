@@ -1,48 +1,14 @@
 // y += B (R (A x)) for rows that each have a core R of their own, for m target modules at once.
 //
 // A thread takes a part of the rows through all three multiplies, so that none waits for another.
-// A and B come in blocks of 16 of their outputs, [blocks, inputs, 16], zeros after the last output;
-// every module's B starts a new block.
+// A and each module's B are packed as of blocks.h.
 
-#include <algorithm>
 #include <omp.h>
 #include <vector>
 
-#include "vectors.h"
+#include "blocks.h"
 
 namespace {
-
-#ifdef __AVX512F__
-constexpr int64_t ROWS = 16;  // of the batch, which share each number of a block once it is loaded
-#else
-constexpr int64_t ROWS = 4;
-#endif
-
-inline int64_t whole(int64_t n) { return (n + LANES - 1) / LANES * LANES; }
-
-// N rows of y[.., 16] = or += one block [inputs, 16] times their x [inputs].
-template <bool ADD, int64_t N, class Y, class T>
-void times_block(Y* const* y, const float* const* x, const T* block, int64_t inputs,
-                 int64_t outputs) {
-    vec total[N] = {};
-    if (ADD)
-        for (int64_t n = 0; n < N; n++) total[n] = load_part(y[n], outputs);
-    for (int64_t j = 0; j < inputs; j++) {
-        const vec column = load(block + j * LANES);
-        for (int64_t n = 0; n < N; n++) total[n] += column * x[n][j];
-    }
-    for (int64_t n = 0; n < N; n++) store_part(y[n], total[n], outputs);
-}
-
-template <bool ADD, class Y, class T>
-void times_block(int64_t rows, Y* const* y, const float* const* x, const T* block, int64_t inputs,
-                 int64_t outputs) {
-    int64_t i = 0;
-    for (; i + ROWS <= rows; i += ROWS)
-        times_block<ADD, ROWS>(y + i, x + i, block, inputs, outputs);
-    for (; i + 4 <= rows; i += 4) times_block<ADD, 4>(y + i, x + i, block, inputs, outputs);
-    for (; i < rows; i++) times_block<ADD, 1>(y + i, x + i, block, inputs, outputs);
-}
 
 // out = R h: [r, r] times [r]; h and out have room for whole vectors, h zeros after r.
 template <class C> void times_core(const C* core, const float* h, int64_t r, float* out) {
@@ -58,12 +24,9 @@ template <class C> void times_core(const C* core, const float* h, int64_t r, flo
     }
 }
 
-template <class T> void widen_all(const T* from, int64_t count, float* to) {
-    for (int64_t j = 0; j < count; j += LANES)
-        store_part(to + j, load_part(from + j, count - j), count - j);
-}
-
 template <class T, class C> struct Group {
+    typedef typename Panel<T>::number number;
+
     T* y;
     int64_t y_stride;
     const T* x;
@@ -78,55 +41,63 @@ template <class T, class C> struct Group {
 
     // Rows first..last; of their outputs every block whose number is `part` modulo `parts`.
     void run(int64_t first, int64_t last, int64_t part, int64_t parts) const {
-        const int64_t width = whole(members * r), padded = whole(r);
-        std::vector<float> xs(a ? ROWS * inputs : 0), hs(ROWS * width), h(padded);
-        std::vector<float> vs(ROWS * members * padded);
+        const int64_t width = round_up(members * r, LANES), padded = round_up(r, LANES);
+        std::vector<number> panel(ROWS * Panel<T>::depth(std::max(a ? inputs : 0, r)));
+        std::vector<float> hs(ROWS * width), h(padded), vs(ROWS * members * padded);
         int64_t rows[ROWS];
         while (first < last) {
             int64_t n = 0;
             for (; first < last && n < ROWS; first++)
                 if (slots[first]) rows[n++] = first;
-            shrink(rows, n, xs.data(), hs.data(), width);
+            if (!n) break;
+            if (a)
+                shrink(rows, n, {panel.data(), inputs}, hs.data(), width);
+            else
+                for (int64_t i = 0; i < n; i++)
+                    convert(x + rows[i] * x_stride, members * r, &hs[i * width]);
             for (int64_t i = 0; i < n; i++)
                 for (int64_t m = 0; m < members; m++) {
                     const C* core = cores + slots[rows[i]] * core_stride + m * r * r;
                     std::copy_n(&hs[i * width + m * r], r, h.data());
                     times_core(core, h.data(), r, &vs[(i * members + m) * padded]);
                 }
-            expand(rows, n, vs.data(), padded, part, parts);
+            expand(rows, n, {panel.data(), r}, vs.data(), padded, part, parts);
         }
     }
 
-    // hs[i] = A x of row i.
-    void shrink(const int64_t* rows, int64_t n, float* xs, float* hs, int64_t width) const {
-        float* to[ROWS];
-        const float* from[ROWS];
-        for (int64_t i = 0; i < n; i++) {
-            widen_all(x + rows[i] * x_stride, a ? inputs : members * r,
-                      a ? xs + i * inputs : hs + i * width);
-            from[i] = xs + i * inputs;
-        }
-        if (!a) return;
+    // hs[i] = A x of row rows[i].
+    void shrink(const int64_t* rows, int64_t n, Panel<T> panel, float* hs, int64_t width) const {
+        vec totals[ROWS];
+        for (int64_t i = 0; i < n; i++) panel.set(i, x + rows[i] * x_stride);
+        panel.begin();
         for (int64_t o = 0; o < width; o += LANES) {
-            for (int64_t i = 0; i < n; i++) to[i] = hs + i * width + o;
-            times_block<false>(n, to, from, a + o * inputs, inputs, LANES);
+            panel.times(a + o * panel.depth(inputs), n, totals);
+            for (int64_t i = 0; i < n; i++) store(hs + i * width + o, totals[i]);
         }
+        panel.end();
     }
 
-    void expand(const int64_t* rows, int64_t n, const float* vs, int64_t padded, int64_t part,
-                int64_t parts) const {
-        T* to[ROWS];
-        const float* from[ROWS];
+    void expand(const int64_t* rows, int64_t n, Panel<T> panel, const float* vs, int64_t padded,
+                int64_t part, int64_t parts) const {
+        vec totals[ROWS];
         const T* block = b;
         int64_t number = 0;
+        panel.begin();
         for (int64_t m = 0; m < members; m++) {
-            for (int64_t i = 0; i < n; i++) from[i] = vs + (i * members + m) * padded;
-            for (int64_t o = spans[2 * m]; o < spans[2 * m + 1]; o += LANES, block += r * LANES) {
-                if (number++ % parts != part) continue;
-                for (int64_t i = 0; i < n; i++) to[i] = y + rows[i] * y_stride + o;
-                times_block<true>(n, to, from, block, r, std::min(LANES, spans[2 * m + 1] - o));
+            for (int64_t i = 0; i < n; i++) panel.set(i, vs + (i * members + m) * padded);
+            for (int64_t o = spans[2 * m]; o < spans[2 * m + 1]; o += LANES) {
+                if (number++ % parts == part) {
+                    const int64_t count = std::min(LANES, spans[2 * m + 1] - o);
+                    panel.times(block, n, totals);
+                    for (int64_t i = 0; i < n; i++) {
+                        T* to = y + rows[i] * y_stride + o;
+                        store_part(to, load_part(to, count) + totals[i], count);
+                    }
+                }
+                block += panel.depth(r) * LANES;
             }
         }
+        panel.end();
     }
 
     void run_all(int64_t count) const {
@@ -159,3 +130,25 @@ ADD_DELTA(add_delta_f32_f32, float, float)
 ADD_DELTA(add_delta_f32_bf16, float, bf16)
 ADD_DELTA(add_delta_bf16_f32, bf16, float)
 ADD_DELTA(add_delta_bf16_bf16, bf16, bf16)
+
+// Without a place for it, tells the size of the packed matrix; otherwise fills that place, all zero.
+#define PACK(SUFFIX, T)                                                                            \
+    extern "C" void pack_##SUFFIX(const T* matrix, int64_t outputs, int64_t inputs, T* packed,     \
+                                  int64_t* size) {                                                 \
+        *size = packed_size<T>(outputs, inputs);                                                   \
+        if (packed) pack(matrix, outputs, inputs, packed);                                         \
+    }
+
+PACK(f32, float)
+PACK(bf16, bf16)
+
+// Whether this process may use what the kernels were compiled for: Linux gives AMX's tiles to those
+// who ask.
+extern "C" void kernels_allowed(int64_t* allowed) {
+#ifdef __AMX_BF16__
+    constexpr int64_t REQUEST = 0x1023, TILES = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    *allowed = syscall(SYS_arch_prctl, REQUEST, TILES) == 0;
+#else
+    *allowed = 1;
+#endif
+}
