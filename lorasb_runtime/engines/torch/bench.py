@@ -1,16 +1,16 @@
 """Measures the engine: tokens per second with many adapters, with none, and Hugging Face's own.
 
-Each case runs in a process of its own. Adapters are random, and so is the basis unless one is
-given: the arithmetic does not depend on the values.
+Adapters are random, and so is the basis unless one is given: the arithmetic does not depend on the
+values.
 """
 
 import asyncio
-import multiprocessing
 import os
 import platform
-import statistics
 import time
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,6 @@ from lorasb_runtime.ops.threads import use_all_cores
 from lorasb_runtime.storage.basis_file import Basis, load_basis
 
 CORE_SCALE = 0.01
-WAVES = 3  # of requests in each case, the first to warm up
 
 
 @dataclass(frozen=True)
@@ -56,16 +55,16 @@ class BenchCase:
     resident: int = 0
 
 
-def run_case(case: BenchCase) -> dict[str, float]:
-    """Measure one case in a fresh process.
+@contextmanager
+def ready(case: BenchCase) -> Iterator[Callable[[], dict[str, float]]]:
+    """The case loaded in this process; what it gives computes one wave of requests.
 
-    Gives tokens_per_second of decoding; for the engine also outside_forward, the share of its steps
-    that is not the model's forward pass; with `resident` also memory_ratio, the memory that the
-    resident adapters take over that of their cores.
+    tokens_per_second while all of them decode. For the engine also outside_forward, the share of
+    its steps that is not the model's forward pass; with `resident` also memory_ratio, the memory
+    that the resident adapters take over that of their cores.
     """
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context) as pool:
-        return pool.submit(_generate if case.kind == "generate" else _engine, case).result()
+    with (_generate if case.kind == "generate" else _engine)(case) as measure:
+        yield measure
 
 
 def machine() -> dict[str, Any]:
@@ -83,18 +82,28 @@ def machine() -> dict[str, Any]:
     }
 
 
-def _engine(case: BenchCase) -> dict[str, float]:
+@contextmanager
+def _engine(case: BenchCase) -> Iterator[Callable[[], dict[str, float]]]:
     torch.set_num_threads(1)  # as `lorasb serve` does, outside the engine's own thread
     with ThreadPoolExecutor(1, initializer=use_all_cores) as pool:
-        engine, adapters, result = pool.submit(_loaded, case).result()
+        engine, adapters, memory = pool.submit(_loaded, case).result()
+    wave = 0
+
+    def measure() -> dict[str, float]:
+        nonlocal wave
+        before = engine.stats()
+        rate = asyncio.run(_wave(engine, adapters, case, wave))
+        wave += 1
+        after = engine.stats()
+        inside = after.forward_seconds - before.forward_seconds
+        outside = 1 - inside / (after.step_seconds - before.step_seconds)
+        return {"tokens_per_second": rate, "outside_forward": outside, **memory}
+
     engine.start()
     try:
-        result["tokens_per_second"] = asyncio.run(_waves(engine, adapters, case))
-        stats = engine.stats()
-        result["outside_forward"] = 1 - stats.forward_seconds / stats.step_seconds
+        yield measure
     finally:
         engine.close()
-    return result
 
 
 def _loaded(
@@ -125,21 +134,17 @@ def _loaded(
     return engine, adapters, {"memory_ratio": taken / (one * case.resident)}
 
 
-async def _waves(
-    engine: TorchEngine, adapters: list[LoadedAdapter | None], case: BenchCase
+async def _wave(
+    engine: TorchEngine, adapters: list[LoadedAdapter | None], case: BenchCase, wave: int
 ) -> float:
-    """Median over the waves of the tokens per second while all of a wave's requests decode."""
-    rates = []
-    for wave in range(WAVES):
-        numbers = range(wave * case.batch, (wave + 1) * case.batch)
-        stamps = await asyncio.gather(
-            *(_one(engine, number, adapters[number % len(adapters)], case) for number in numbers)
-        )
-        began = max(stamp[0] for stamp in stamps)
-        ended = min(stamp[-1] for stamp in stamps)
-        tokens = sum(began < t <= ended for stamp in stamps for t in stamp)
-        rates.append(tokens / (ended - began))
-    return statistics.median(rates[1:])
+    """Tokens per second while all of a wave's requests decode."""
+    numbers = range(wave * case.batch, (wave + 1) * case.batch)
+    stamps = await asyncio.gather(
+        *(_one(engine, number, adapters[number % len(adapters)], case) for number in numbers)
+    )
+    began = max(stamp[0] for stamp in stamps)
+    ended = min(stamp[-1] for stamp in stamps)
+    return sum(began < t <= ended for stamp in stamps for t in stamp) / (ended - began)
 
 
 async def _one(
@@ -154,20 +159,19 @@ async def _one(
     return stamps
 
 
-def _generate(case: BenchCase) -> dict[str, float]:
+@contextmanager
+def _generate(case: BenchCase) -> Iterator[Callable[[], dict[str, float]]]:
     """Hugging Face's `generate`, greedy, all prompts of one length, from the first new token on."""
     dtype = parse_dtype(case.dtype) if case.dtype else "auto"
     model: Any = AutoModelForCausalLM.from_pretrained(
         case.folder, dtype=dtype, local_files_only=True
     ).eval()
-    rates = []
-    for wave in range(2):
-        ids = torch.tensor(
-            [
-                [100 + (7 * n + 13 * i + wave) % 1000 for i in range(case.prompt)]
-                for n in range(case.batch)
-            ]
-        )
+    prompts = [
+        [100 + (7 * n + 13 * i) % 1000 for i in range(case.prompt)] for n in range(case.batch)
+    ]
+    ids = torch.tensor(prompts)
+
+    def measure() -> dict[str, float]:
         stamps = _Stamps()
         model.generate(
             ids,
@@ -178,8 +182,10 @@ def _generate(case: BenchCase) -> dict[str, float]:
             pad_token_id=0,
             logits_processor=[stamps],
         )
-        rates.append(case.batch * (len(stamps.times) - 1) / (stamps.times[-1] - stamps.times[0]))
-    return {"tokens_per_second": rates[-1]}
+        taken = stamps.times[-1] - stamps.times[0]
+        return {"tokens_per_second": case.batch * (len(stamps.times) - 1) / taken}
+
+    yield measure
 
 
 class _Stamps(LogitsProcessor):
