@@ -10,15 +10,20 @@
 
 namespace {
 
-// out = R h: [r, r] times [r]; h and out have room for whole vectors, h zeros after r.
-template <class C> void times_core(const C* core, const float* h, int64_t r, float* out) {
+// out = R h: [r, r] times [r]; h and out have room for whole vectors, h zeros after r. Asks for the
+// next core meanwhile.
+template <class C>
+void times_core(const C* core, const C* next, const float* h, int64_t r, float* out) {
     for (int64_t i = 0; i < r; i += LANES) {
         vec totals[LANES] = {};
         const int64_t count = std::min(LANES, r - i);
         for (int64_t j = 0; j < r; j += LANES) {
             const vec x = load(h + j);
-            for (int64_t k = 0; k < count; k++)
-                totals[k] += load_part(core + (i + k) * r + j, r - j) * x;
+            for (int64_t k = 0; k < count; k++) {
+                const int64_t at = (i + k) * r + j;
+                __builtin_prefetch(next + at);
+                totals[k] += load_part(core + at, r - j) * x;
+            }
         }
         store(out + i, sums(totals));
     }
@@ -55,12 +60,14 @@ template <class T, class C> struct Group {
             else
                 for (int64_t i = 0; i < n; i++)
                     convert(x + rows[i] * x_stride, members * r, &hs[i * width]);
-            for (int64_t i = 0; i < n; i++)
-                for (int64_t m = 0; m < members; m++) {
-                    const C* core = cores + slots[rows[i]] * core_stride + m * r * r;
+            for (int64_t i = 0; i < n; i++) {
+                const C* core = cores + slots[rows[i]] * core_stride;
+                const C* next = cores + slots[rows[std::min(i + 1, n - 1)]] * core_stride;
+                for (int64_t m = 0; m < members; m++, core += r * r, next += r * r) {
                     std::copy_n(&hs[i * width + m * r], r, h.data());
-                    times_core(core, h.data(), r, &vs[(i * members + m) * padded]);
+                    times_core(core, next, h.data(), r, &vs[(i * members + m) * padded]);
                 }
+            }
             expand(rows, n, {panel.data(), r}, vs.data(), padded, part, parts);
         }
     }
