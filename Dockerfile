@@ -9,10 +9,12 @@ ARG BASE=python:3.11-slim-bookworm
 FROM ${BASE}
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 
-# Images without Python (the CUDA ones) get Debian's or Ubuntu's own.
-RUN command -v python3 >/dev/null \
-    || (apt-get update && apt-get install -y --no-install-recommends python3 python3-venv \
-        && rm -rf /var/lib/apt/lists/*)
+# The CPU kernels are compiled when they are first needed. Images without Python (the CUDA ones) get
+# Debian's or Ubuntu's own.
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends g++ \
+        $(command -v python3 >/dev/null || echo python3 python3-venv) \
+    && rm -rf /var/lib/apt/lists/*
 RUN python3 -m venv /opt/lorasb
 ENV PATH=/opt/lorasb/bin:$PATH PIP_NO_CACHE_DIR=1
 RUN pip install 'torch>=2.13,<2.14' --index-url ${TORCH_INDEX}

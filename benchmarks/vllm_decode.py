@@ -1,13 +1,15 @@
-"""Decoding speed of stock vLLM without adapters, for `multi_adapter.py`; prints one JSON object.
+"""Decoding speed of stock vLLM without adapters, for `multi_adapter.py`.
 
-    <python of an environment with vllm> benchmarks/vllm_decode.py MODEL --batch 32
+    echo 32 | <python of an environment with vllm> benchmarks/vllm_decode.py MODEL
 
-It imports nothing of ours, so that it runs in vLLM's own environment.
+For each batch size that it reads, a line of JSON with the tokens per second; the first one, when it
+is ready, is empty. It imports nothing of ours, so that it runs in vLLM's own environment.
 """
 
 import argparse
 import json
 import os
+import sys
 import time
 
 # vLLM leaves cores unused by default; here its worker has all of this process's.
@@ -23,7 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="vLLM decoding speed")
     parser.add_argument("model")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--batch", type=int, nargs="+", default=[32])
+    parser.add_argument("--largest", type=int, default=64, help="batch size")
     parser.add_argument("--prompt", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=64)
     parser.add_argument("--compiled", action="store_true", help="vLLM's default mode, not eager")
@@ -37,16 +39,17 @@ def main() -> None:
         dtype=options.dtype,
         enforce_eager=not options.compiled,
         max_model_len=2048,
-        max_num_seqs=max(options.batch),
+        max_num_seqs=options.largest,
         max_num_batched_tokens=512,
         enable_prefix_caching=False,
     )
     params = SamplingParams(temperature=0, max_tokens=options.tokens, ignore_eos=True)
-    rates = {}
-    for batch in options.batch:
-        for _ in range(2):  # the first warms up
-            rates[batch] = decode_rate(llm.llm_engine, batch, options.prompt, params)
-    print(json.dumps({"tokens_per_second": rates}))
+    for batch in (1, options.largest):  # warms up
+        decode_rate(llm.llm_engine, batch, options.prompt, params)
+    print(json.dumps({}), flush=True)
+    for line in sys.stdin:
+        rate = decode_rate(llm.llm_engine, int(line), options.prompt, params)
+        print(json.dumps({"tokens_per_second": rate}), flush=True)
 
 
 def decode_rate(engine: object, batch: int, prompt: int, params: object) -> float:
