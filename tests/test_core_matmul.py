@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from closeness import close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -18,13 +19,6 @@ from lorasb_runtime.ops.group_delta import GroupDelta
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def close(found: torch.Tensor, expected: torch.Tensor, dtype: torch.dtype, units: int = 4) -> bool:
-    """Within `units` roundings of the largest value."""
-    assert found.dtype == dtype
-    allowed = units * torch.finfo(dtype).eps * expected.abs().max()
-    return bool((found.double() - expected).abs().max() <= allowed)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from closeness import close
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_core_matmul import close
 
 from lorasb_runtime.ops import cpu_library, group_delta
 from lorasb_runtime.ops.core_cpu import kernel_for

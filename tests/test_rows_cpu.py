@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from closeness import close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pico import make_pico
-from test_core_matmul import close
 from torch import nn
 
 from lorasb_runtime.engines.torch.prepare import load_model

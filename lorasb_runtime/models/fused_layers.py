@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 from lorasb_runtime.models.shared_inputs import Call
 from lorasb_runtime.ops.rows_cpu import RowKernels
 
-# Of the largest number; the kernels round once, transformers' modules after each operation.
-ALLOWED_ROUNDINGS = 8
+# Of the whole, relative; the kernels round once, transformers' modules after each operation. In
+# bfloat16 Gemma's GELU in the place of SiLU is off by 17.
+ALLOWED_EPS = 4
 PROJECTIONS = {"gate_proj", "up_proj", "down_proj"}
 
 
@@ -110,6 +111,6 @@ def about_equal(found: Any, expected: Any) -> bool:
     """Whether two tensors of one dtype differ by no more than a fused layer's rounding."""
     if not isinstance(expected, torch.Tensor) or found.shape != expected.shape:
         return False
-    allowed = ALLOWED_ROUNDINGS * torch.finfo(found.dtype).eps * expected.abs().max().item()
-    off = (found - expected).abs().max().item()
+    off = ((found - expected).float().norm() / expected.float().norm()).item()
+    allowed = ALLOWED_EPS * torch.finfo(expected.dtype).eps
     return found.dtype == expected.dtype and bool(off <= allowed)
