@@ -45,7 +45,7 @@ def test_without_a_compiler_a_warning_says_what_takes_its_place(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HOME", str(tmp_path))
     with caplog.at_level(logging.WARNING):
         assert cpu_library.__wrapped__() is None
     (record,) = caplog.records
@@ -63,11 +63,11 @@ def test_a_source_that_does_not_compile_leaves_nothing(
 
 def test_the_cache_is_the_users_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A folder that others may write to could hold anybody's code."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path))
     folder = cache_folder()
-    assert folder == tmp_path / "lorasb" and folder.stat().st_mode & 0o777 == 0o700
+    assert folder == tmp_path / ".cache" / "lorasb" and folder.stat().st_mode & 0o777 == 0o700
     folder.chmod(0o777)
     other = cache_folder()
     assert other != folder and other.stat().st_mode & 0o777 == 0o700
-    monkeypatch.setenv("XDG_CACHE_HOME", os.devnull)
+    monkeypatch.setenv("HOME", os.devnull)
     assert cache_folder() == other

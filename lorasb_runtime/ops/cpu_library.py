@@ -87,16 +87,15 @@ def build_library(folder: Path, more: Sequence[str] = ()) -> ctypes.CDLL:
 
 def cache_folder() -> Path:
     """Where compiled kernels are kept: a folder that nobody else can write to."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(base) / "lorasb"
     try:
+        folder = Path.home() / ".cache" / "lorasb"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = folder.stat()
         private = not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
         if found.st_uid == os.getuid() and private and os.access(folder, os.W_OK):
             return folder
-    except OSError:
-        pass  # a home that cannot be written to
+    except (OSError, RuntimeError):
+        pass  # a home that cannot be written to, or none
     return Path(_own_folder().name)
 
 
