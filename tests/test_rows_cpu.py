@@ -125,12 +125,12 @@ class Model(nn.Module):
 
 def test_what_only_looks_alike_stays() -> None:
     model = Model()
-    names = fusible_layers(model)  # type: ignore[arg-type]
+    names = fusible_layers(model)
     assert names == ["plain", "shifted", "centred", "unseen"]
     calls = {name: Call((torch.randn(1, 5, 24),), {}) for name in names[:3]}
     inputs = torch.randn(3, 24)
     expected = [model.get_submodule(name)(inputs) for name in names]
-    fuse_layers(model, names, calls, kernels_for(torch.float32))  # type: ignore[arg-type]
+    fuse_layers(model, names, calls, kernels_for(torch.float32))
     kinds = [type(model.get_submodule(name)) for name in names]
     assert kinds == [FusedRMSNorm, FusedRMSNorm, Norm, Norm]
     for name, wanted in zip(names, expected, strict=True):
@@ -140,5 +140,5 @@ def test_what_only_looks_alike_stays() -> None:
 def test_a_layer_that_is_given_another_dtype_stays() -> None:
     model = Model()
     calls = {"plain": Call((torch.randn(1, 5, 24, dtype=torch.float64),), {})}
-    fuse_layers(model, ["plain"], calls, kernels_for(torch.float32))  # type: ignore[arg-type]
+    fuse_layers(model, ["plain"], calls, kernels_for(torch.float32))
     assert type(model.plain) is Norm

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
 from lorasb_runtime.models.shared_inputs import Call
 from lorasb_runtime.ops.rows_cpu import RowKernels
@@ -53,13 +52,13 @@ class GatedMLP(nn.Module):
         return y
 
 
-def fusible_layers(model: PreTrainedModel) -> list[str]:
+def fusible_layers(model: nn.Module) -> list[str]:
     """Names of the modules that a fused one might take the place of."""
     return [name for name, m in model.named_modules() if _is_norm(m) or _is_gated(m)]
 
 
 def fuse_layers(
-    model: PreTrainedModel, names: Sequence[str], calls: Mapping[str, Call], kernels: RowKernels
+    model: nn.Module, names: Sequence[str], calls: Mapping[str, Call], kernels: RowKernels
 ) -> None:
     """Replace those of these modules whose replacement computes the same.
 
