@@ -41,16 +41,16 @@ def test_a_packed_layer_is_the_layer(rows: int, bias: bool, dtype: torch.dtype) 
     assert close(found(x), expected, dtype, 16)
 
 
-class FixedDeltas:
-    """The same core, of slot 1, for every row of `rows`."""
+class FixedRows:
+    """Slot 1 for every row of `rows`, out of 7."""
 
-    def __init__(self, delta: GroupDelta, rows: slice | None) -> None:
-        self.delta = delta
+    def __init__(self, rows: slice | None) -> None:
         self.rows = rows
+        count = len(range(7)[rows or slice(0)])
+        self.slot_rows = SlotRows(torch.ones(count, dtype=torch.int64), (), 0, count)
 
-    def add(self, y: torch.Tensor) -> None:
-        slots = torch.ones(len(y), dtype=torch.int64)
-        self.delta.add(y, None, SlotRows(slots, (), 0, len(y)), lambda: None)
+    def own(self) -> None:
+        return None
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -74,7 +74,7 @@ def test_a_packed_group_is_its_layers_with_their_adapters(
     cores = torch.randn(2, len(adapted), 4, 4).to(dtype)
     begins = [group.begin(m) for m in adapted]
     delta = GroupDelta([b for _, _, b in pairs], begins, cores, shrunk=group.width)
-    group.adapt([a for _, a, _ in pairs], FixedDeltas(delta, rows))
+    group.adapt([a for _, a, _ in pairs], delta, FixedRows(rows))
     assert group.adapted
     x = torch.randn(1, 7, 320).to(dtype)
     seats = [PackedLinear(layer, group, m) for m, layer in enumerate(layers)]

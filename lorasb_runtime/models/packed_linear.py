@@ -8,21 +8,24 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from lorasb_runtime.models.adapted_linear import ALL_ROWS
+from lorasb_runtime.ops.core_matmul import SlotRows
 from lorasb_runtime.ops.dense import pack_weight, packed_linear, unpack_weight
+from lorasb_runtime.ops.group_delta import GroupDelta
 
 
-class DeltaRows(Protocol):
-    """The adapters of m layers that read one input, for the rows of the batch that is running."""
+class RowsOf(Protocol):
+    """Which rows of the batch that is running take which core of a group of layers."""
 
     @property
     def rows(self) -> slice | None:
         """The rows that may have an adapter; None when all are the base model's."""
 
-    def add(self, y: torch.Tensor) -> None:
-        """Add B R h to the layers' outputs, in place.
+    @property
+    def slot_rows(self) -> SlotRows:
+        """Their slots."""
 
-        y: [rows, sum of out + m * r], what the layers put out and then h = A x.
-        """
+    def own(self) -> torch.Tensor | None:
+        """The decoding rows' cores as `apply_cores` takes them."""
 
 
 class PackedGroup:
@@ -38,13 +41,13 @@ class PackedGroup:
         self._parts = list(self._sizes)  # of what the packed weight gives
         self._packed = packed
         self._bias = _stacked_bias(layers)
-        self._deltas: DeltaRows | None = None
+        self._adapters: tuple[GroupDelta, RowsOf] | None = None
         self._x: torch.Tensor | None = None
         self._out: tuple[torch.Tensor, ...] = ()
 
     @property
     def adapted(self) -> bool:
-        return self._deltas is not None
+        return self._adapters is not None
 
     def begin(self, member: int) -> int:
         """The first column of the member's output among all members'."""
@@ -55,29 +58,30 @@ class PackedGroup:
         """Of all members' output."""
         return sum(self._sizes)
 
-    def adapt(self, shrinks: Sequence[torch.Tensor], deltas: DeltaRows) -> None:
+    def adapt(self, shrinks: Sequence[torch.Tensor], delta: GroupDelta, rows: RowsOf) -> None:
         """Add B R A x to members; A joins the weights, so that shrinking costs next to nothing.
 
-        shrinks: A [r, in] of each member that has an adapter, in the order that `deltas` takes.
+        shrinks: A [r, in] of each member that has an adapter, in the order that `delta` takes; its
+        A x stands behind the members' outputs.
         """
         weight = unpack_weight(self._packed)
         packed = pack_weight(torch.cat([weight, *(a.to(weight.dtype) for a in shrinks)]))
-        assert packed is not None and self._deltas is None
+        assert packed is not None and self._adapters is None
         self._packed = packed
         if self._bias is not None:
             added = sum(len(a) for a in shrinks)
             self._bias = torch.cat([self._bias, self._bias.new_zeros(added)])
-        self._deltas = deltas
+        self._adapters = delta, rows
         self._parts.append(sum(len(a) for a in shrinks))
 
     def compute(self, x: torch.Tensor, member: int) -> torch.Tensor:
         """Member's part for x: [..., in] -> [..., out], a view of all members' output."""
         if x is not self._x:
             y = packed_linear(x, self._packed, self._bias)
-            if self._deltas is not None:
-                self._add_adapters(y, self._deltas)
+            if self._adapters is not None:
+                self._add_adapters(y, *self._adapters)
             if len(self._sizes) == 1:
-                return y if self._deltas is None else y[..., : self._sizes[0]]
+                return y if self._adapters is None else y[..., : self._sizes[0]]
             self._out = torch.split_with_sizes(y, self._parts, dim=-1)
             self._x = x
         out = self._out[member]
@@ -85,12 +89,12 @@ class PackedGroup:
             self._x, self._out = None, ()
         return out
 
-    def _add_adapters(self, y: torch.Tensor, deltas: DeltaRows) -> None:
-        rows = deltas.rows
+    def _add_adapters(self, y: torch.Tensor, delta: GroupDelta, batch: RowsOf) -> None:
+        rows = batch.rows
         if rows is None:
             return
         flat = y.view(-1, y.shape[-1])
-        deltas.add(flat if rows is ALL_ROWS else flat[rows])
+        delta.add(flat if rows is ALL_ROWS else flat[rows], None, batch.slot_rows, batch.own)
 
 
 class PackedLinear(nn.Linear):

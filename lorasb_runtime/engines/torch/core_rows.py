@@ -162,21 +162,6 @@ class GroupCores:
         return out
 
 
-class PackedDeltas:
-    """The deltas of a group whose layers are packed together, A among their weights."""
-
-    def __init__(self, slots: GroupSlots, delta: GroupDelta) -> None:
-        self._slots = slots
-        self._delta = delta
-
-    @property
-    def rows(self) -> slice | None:
-        return self._slots.rows
-
-    def add(self, y: torch.Tensor) -> None:
-        self._delta.add(y, None, self._slots.slot_rows, self._slots.own)
-
-
 class SlotCores:
     """One target module's seat in its group."""
 
@@ -229,7 +214,7 @@ def _adapt_group(model: PreTrainedModel, basis: Basis, slots: GroupSlots) -> Non
     begins = [group.begin(seat.member) for seat in seats if isinstance(seat, PackedLinear)]
     parts = [basis.b(name).to(model.dtype) for name in slots.modules]
     delta = GroupDelta(parts, begins, slots.cores, shrunk=group.width)
-    group.adapt(shrinks, PackedDeltas(slots, delta))
+    group.adapt(shrinks, delta, slots)
 
 
 def _common_group(layers: list[nn.Module]) -> PackedGroup | None:
