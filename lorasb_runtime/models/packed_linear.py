@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from lorasb_runtime.models.adapted_linear import ALL_ROWS
 from lorasb_runtime.ops.core_matmul import SlotRows
-from lorasb_runtime.ops.dense import pack_weight, packed_linear, unpack_weight
+from lorasb_runtime.ops.dense import PackedWeight, pack_weight
 from lorasb_runtime.ops.group_delta import GroupDelta
 
 
@@ -35,7 +35,7 @@ class PackedGroup:
     about another input than its neighbours is right too, at the price of the whole.
     """
 
-    def __init__(self, layers: Sequence[nn.Linear], packed: torch.Tensor) -> None:
+    def __init__(self, layers: Sequence[nn.Linear], packed: PackedWeight) -> None:
         """packed: of the layers' weights one below the other."""
         self._sizes = [layer.out_features for layer in layers]
         self._parts = list(self._sizes)  # of what the packed weight gives
@@ -64,7 +64,7 @@ class PackedGroup:
         shrinks: A [r, in] of each member that has an adapter, in the order that `delta` takes; its
         A x stands behind the members' outputs.
         """
-        weight = unpack_weight(self._packed)
+        weight = self._packed.unpack()
         packed = pack_weight(torch.cat([weight, *(a.to(weight.dtype) for a in shrinks)]))
         assert packed is not None and self._adapters is None
         self._packed = packed
@@ -77,7 +77,7 @@ class PackedGroup:
     def compute(self, x: torch.Tensor, member: int) -> torch.Tensor:
         """Member's part for x: [..., in] -> [..., out], a view of all members' output."""
         if x is not self._x:
-            y = packed_linear(x, self._packed, self._bias)
+            y = self._packed.multiply(x, self._bias)
             if self._adapters is not None:
                 self._add_adapters(y, *self._adapters)
             if len(self._sizes) == 1:

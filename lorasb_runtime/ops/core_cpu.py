@@ -10,6 +10,7 @@ from functools import cache
 
 import torch
 
+from lorasb_runtime.ops.blocks_cpu import pack_blocks
 from lorasb_runtime.ops.cpu_library import cpu_function
 
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
@@ -18,7 +19,6 @@ _ARGUMENTS = [
     *(_POINTER, _POINTER, _INT, _POINTER, _INT),  # a, cores, their stride, slots, rows
     *(_POINTER, _POINTER, _INT, _INT),  # b, spans, members, r
 ]
-_PACK_ARGUMENTS = [_POINTER, _INT, _INT, _POINTER, _POINTER]
 
 
 class CoreKernel:
@@ -42,8 +42,8 @@ class CoreKernel:
         assert cores.shape[3] == self._rank and cores[0].is_contiguous()
         ends = [begin + len(part) for begin, part in zip(begins, parts, strict=True)]
         spans = [number for span in zip(begins, ends, strict=True) for number in span]
-        b = torch.cat([_packed(part) for part in parts])
-        shrinks = None if a is None else _packed(a)
+        b = torch.cat([pack_blocks(part) for part in parts])
+        shrinks = None if a is None else pack_blocks(a)
         self._held = (b, torch.tensor(spans, dtype=torch.int64), shrinks, cores)
         self._inputs = 0 if a is None else a.shape[1]
         self._a = None if shrinks is None else shrinks.data_ptr()
@@ -83,15 +83,3 @@ def kernel_for(
 ) -> Callable[..., None] | None:
     """The kernel for activations of `dtype` and cores of `stored`; None where there is none."""
     return cpu_function("add_delta", (dtype, stored), device, _ARGUMENTS)
-
-
-def _packed(matrix: torch.Tensor) -> torch.Tensor:
-    """[out, in] in the kernel's own layout, flat and opaque."""
-    pack = cpu_function("pack", (matrix.dtype,), matrix.device, _PACK_ARGUMENTS)
-    assert pack is not None
-    matrix = matrix.contiguous()
-    size = ctypes.c_int64()
-    pack(matrix.data_ptr(), *matrix.shape, None, ctypes.byref(size))
-    packed = matrix.new_zeros(size.value)
-    pack(matrix.data_ptr(), *matrix.shape, packed.data_ptr(), ctypes.byref(size))
-    return packed

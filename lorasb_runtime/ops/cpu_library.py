@@ -55,14 +55,17 @@ def cpu_function(
 ) -> Callable[..., None] | None:
     """The library's function `name` for these dtypes; None for others, and on other devices.
 
-    arguments: ctypes' types.
+    Also where the library has none of that name, as for a CPU without AMX's tiles. arguments:
+    ctypes' types.
     """
     if device.type != "cpu" or not all(dtype in DTYPE_NAMES for dtype in dtypes):
         return None
     library = cpu_library()
     if library is None:
         return None
-    function = getattr(library, "_".join([name, *(DTYPE_NAMES[dtype] for dtype in dtypes)]))
+    function = getattr(library, "_".join([name, *(DTYPE_NAMES[d] for d in dtypes)]), None)
+    if function is None:
+        return None
     function.argtypes, function.restype = arguments, None
     found: Callable[..., None] = function
     return found

@@ -1,8 +1,12 @@
 """Dense multiplies in the form that is fastest on this device: prepacked weights, batched rows."""
 
+from dataclasses import dataclass
 from functools import cache
+from typing import Protocol
 
 import torch
+
+from lorasb_runtime.ops.linear_cpu import TileWeight, linear_kernel
 
 # Weights with fewer elements multiply faster as they are.
 SMALLEST_PACKED = 1 << 16
@@ -22,29 +26,41 @@ def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.float32 if slow else dtype
 
 
-def pack_weight(weight: torch.Tensor) -> torch.Tensor | None:
-    """The weight [out, in] in oneDNN's own layout, opaque; None where that would not help."""
+class PackedWeight(Protocol):
+    """A weight [out, in] in a layout of its own."""
+
+    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """x @ weight.T + bias: [..., in] -> [..., out], contiguous."""
+
+    def unpack(self) -> torch.Tensor:
+        """The weight, bit for bit."""
+
+
+@dataclass(frozen=True)
+class DnnWeight:
+    """In oneDNN's layout."""
+
+    packed: torch.Tensor
+
+    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, "none", [], "")
+        return y
+
+    def unpack(self) -> torch.Tensor:
+        return self.packed.to_dense()
+
+
+def pack_weight(weight: torch.Tensor) -> PackedWeight | None:
+    """The weight [out, in] as it multiplies fastest; None where that is as it is."""
     if weight.device.type != "cpu" or weight.numel() < SMALLEST_PACKED:
         return None
     if not torch.backends.mkldnn.is_available() or not _native(weight.dtype):
         return None
-    packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(
-        weight.contiguous(), PACKED_FOR_ROWS
-    )
-    return packed
-
-
-def unpack_weight(packed: torch.Tensor) -> torch.Tensor:
-    """The weight [out, in] that `pack_weight` was given, bit for bit."""
-    return packed.to_dense()
-
-
-def packed_linear(
-    x: torch.Tensor, packed: torch.Tensor, bias: torch.Tensor | None = None
-) -> torch.Tensor:
-    """x @ weight.T + bias for a weight from `pack_weight`: [..., in] -> [..., out]."""
-    y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-    return y
+    kernel = linear_kernel(weight.dtype, weight.shape[1], weight.device)
+    if kernel is not None:
+        return TileWeight(kernel, weight)
+    packed = torch.ops.mkldnn._reorder_linear_weight(weight.contiguous(), PACKED_FOR_ROWS)
+    return DnnWeight(packed)
 
 
 def batched_matvec(matrices: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:

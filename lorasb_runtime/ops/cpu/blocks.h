@@ -1,7 +1,8 @@
 // A matrix [outputs, inputs] in blocks of 16 outputs, and rows times one block.
 //
 // float32: a block is [depth, 16]. bfloat16: [depth / 2, 16, 2], pairs of inputs, as AMX wants its
-// tiles. depth is the inputs and zeros after them; zeros fill up the last block, too.
+// tiles. depth is the inputs and zeros after them; zeros fill up the last block, too. Such matrices
+// are made in blocks_cpu.py.
 #pragma once
 
 #include <algorithm>
@@ -20,7 +21,13 @@ constexpr int64_t ROWS = 16;  // which share each number of a block once it is l
 constexpr int64_t ROWS = 4;
 #endif
 
+constexpr int64_t HELD = 32;  // inputs of 16 bits that one of AMX's tiles holds
+
 static inline int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+template <class T> static inline int64_t block_depth(int64_t inputs) {
+    return sizeof(T) == 4 ? inputs : round_up(inputs, inputs <= HELD ? 2 : HELD);
+}
 
 template <class X, class T> static inline void convert(const X* from, int64_t count, T* to) {
     for (int64_t j = 0; j < count; j += LANES)
@@ -31,7 +38,7 @@ template <class X, class T> static inline void convert(const X* from, int64_t co
 template <class T> struct Panel {
     typedef float number;
 
-    static int64_t depth(int64_t inputs) { return sizeof(T) == 2 ? round_up(inputs, 2) : inputs; }
+    static int64_t depth(int64_t inputs) { return block_depth<T>(inputs); }
 
     number* rows;
     int64_t inputs;
@@ -75,14 +82,72 @@ template <class T> struct Panel {
 };
 
 #ifdef __AMX_BF16__
+// AMX's tiles: 0 to 3 hold totals, 4 and 5 rows, 6 and 7 parts of blocks.
+namespace tiles {
+
+constexpr int64_t SIDE = 16;  // rows, and outputs of a block
+
+// Sets this thread's tiles up for up to 32 rows, and blocks of this depth.
+static inline void set_up(int64_t rows, int64_t depth) {
+    struct {
+        uint8_t palette = 1, start = 0, reserved[14] = {};
+        uint16_t bytes[16] = {};
+        uint8_t rows[16] = {};
+    } config;
+    const int64_t held = std::min(HELD, depth), upper = std::min(SIDE, rows);
+    const int64_t lower = rows > SIDE ? rows - SIDE : SIDE;
+    for (int64_t i = 0; i < 8; i++) {
+        config.bytes[i] = i == 4 || i == 5 ? held * sizeof(bf16) : SIDE * sizeof(float);
+        config.rows[i] = i >= 6 ? held / 2 : i == 2 || i == 3 || i == 5 ? lower : upper;
+    }
+    _tile_loadconfig(&config);
+}
+
+// As much as a tile holds.
+static inline void ask_for(const bf16* from) {
+    for (int64_t n = 0; n < HELD; n += 2) __builtin_prefetch(from + n * LANES);
+}
+
+// totals [16 R, 16 B] = R times 16 rows times B blocks, one after the other, their totals `width`
+// numbers apart. Asks for the block after the next, too.
+template <int R, int B>
+static inline void multiply(const bf16* rows, int64_t row, const bf16* block, int64_t depth,
+                            float* totals, int64_t width) {
+    const bf16* second = block + (B - 1) * depth * LANES;
+    _tile_zero(0);
+    if (B > 1) _tile_zero(1);
+    if (R > 1) _tile_zero(2);
+    if (R > 1 && B > 1) _tile_zero(3);
+    for (int64_t j = 0; j < depth; j += HELD) {
+        const bf16* next = block + (2 * depth + j) * LANES;
+        ask_for(next);
+        if (B > 1) ask_for(next + depth * LANES);
+        _tile_loadd(6, block + j * LANES, LANES * sizeof(float));
+        _tile_loadd(4, rows + j, row * sizeof(bf16));
+        _tile_dpbf16ps(0, 4, 6);
+        if (B > 1) {
+            _tile_loadd(7, second + j * LANES, LANES * sizeof(float));
+            _tile_dpbf16ps(1, 4, 7);
+        }
+        if (R > 1) {
+            _tile_loadd(5, rows + SIDE * row + j, row * sizeof(bf16));
+            _tile_dpbf16ps(2, 5, 6);
+            if (B > 1) _tile_dpbf16ps(3, 5, 7);
+        }
+    }
+    const int64_t bytes = width * sizeof(float);
+    _tile_stored(0, totals, bytes);
+    if (B > 1) _tile_stored(1, totals + LANES, bytes);
+    if (R > 1) _tile_stored(2, totals + SIDE * width, bytes);
+    if (R > 1 && B > 1) _tile_stored(3, totals + SIDE * width + LANES, bytes);
+}
+
+}  // namespace tiles
+
 template <> struct Panel<bf16> {
     typedef bf16 number;
 
-    static constexpr int64_t TILE = 32;  // inputs that one tile holds
-
-    static int64_t depth(int64_t inputs) {
-        return inputs <= TILE ? round_up(inputs, 2) : round_up(inputs, TILE);
-    }
+    static int64_t depth(int64_t inputs) { return block_depth<bf16>(inputs); }
 
     number* rows;
     int64_t inputs;
@@ -92,52 +157,12 @@ template <> struct Panel<bf16> {
         std::fill(rows + i * depth(inputs) + inputs, rows + (i + 1) * depth(inputs), bf16{0});
     }
 
-    // Sets this thread's tiles up: 0 takes the totals, 1 rows, 2 a part of a block.
-    void begin() const {
-        struct {
-            uint8_t palette = 1, start = 0, reserved[14] = {};
-            uint16_t bytes[16] = {};
-            uint8_t rows[16] = {};
-        } tiles;
-        const int64_t held = std::min(TILE, depth(inputs));
-        tiles.bytes[0] = tiles.bytes[2] = LANES * sizeof(float);
-        tiles.bytes[1] = held * sizeof(bf16);
-        tiles.rows[0] = tiles.rows[1] = ROWS;
-        tiles.rows[2] = held / 2;
-        _tile_loadconfig(&tiles);
-    }
+    void begin() const { tiles::set_up(ROWS, depth(inputs)); }
     void end() const { _tile_release(); }
 
-    // As much as a tile holds.
-    static void ask_for(const bf16* from) {
-        for (int64_t n = 0; n < TILE; n += 2) __builtin_prefetch(from + n * LANES);
-    }
-
-    // Asks for the block after the next, too.
     void times(const bf16* block, int64_t, vec* totals) const {
         const int64_t all = depth(inputs);
-        _tile_zero(0);
-        for (int64_t j = 0; j < all; j += TILE) {
-            _tile_loadd(1, rows + j, all * sizeof(bf16));
-            ask_for(block + (2 * all + j) * LANES);
-            _tile_loadd(2, block + j * LANES, LANES * sizeof(float));
-            _tile_dpbf16ps(0, 1, 2);
-        }
-        _tile_stored(0, totals, sizeof(vec));
+        tiles::multiply<1, 1>(rows, all, block, all, reinterpret_cast<float*>(totals), LANES);
     }
 };
 #endif
-
-template <class T> int64_t packed_size(int64_t outputs, int64_t inputs) {
-    return round_up(outputs, LANES) * Panel<T>::depth(inputs);
-}
-
-// packed: packed_size numbers, all zero.
-template <class T> void pack(const T* matrix, int64_t outputs, int64_t inputs, T* packed) {
-    const int64_t each = sizeof(T) == 2 ? 2 : 1, depth = Panel<T>::depth(inputs);
-    for (int64_t o = 0; o < outputs; o++)
-        for (int64_t j = 0; j < inputs; j++) {
-            const int64_t row = o / LANES * depth + j / each * each;
-            packed[row * LANES + o % LANES * each + j % each] = matrix[o * inputs + j];
-        }
-}

@@ -138,17 +138,6 @@ ADD_DELTA(add_delta_f32_bf16, float, bf16)
 ADD_DELTA(add_delta_bf16_f32, bf16, float)
 ADD_DELTA(add_delta_bf16_bf16, bf16, bf16)
 
-// Without a place for it, tells the size of the packed matrix; otherwise fills that place, all zero.
-#define PACK(SUFFIX, T)                                                                            \
-    extern "C" void pack_##SUFFIX(const T* matrix, int64_t outputs, int64_t inputs, T* packed,     \
-                                  int64_t* size) {                                                 \
-        *size = packed_size<T>(outputs, inputs);                                                   \
-        if (packed) pack(matrix, outputs, inputs, packed);                                         \
-    }
-
-PACK(f32, float)
-PACK(bf16, bf16)
-
 // Whether this process may use what the kernels were compiled for: Linux gives AMX's tiles to those
 // who ask.
 extern "C" void kernels_allowed(int64_t* allowed) {
