@@ -15,7 +15,6 @@ from lorasb_runtime.models.shared_inputs import inputs_of, neighbours_with_one_i
 from lorasb_runtime.ops import dense as dense_module
 from lorasb_runtime.ops.core_matmul import SlotRows, apply_cores, expand_add, shrink
 from lorasb_runtime.ops.dense import compute_dtype, pack_weight
-from lorasb_runtime.ops.group_delta import GroupDelta
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -42,19 +41,21 @@ def test_a_packed_layer_is_the_layer(rows: int, bias: bool, dtype: torch.dtype) 
 
 
 class FixedRows:
-    """Slot 1 for every row of `rows`, out of 7."""
+    """Slot 1 for every row of `rows`, out of 7: those up to the fourth decode, where row 0 does."""
 
     def __init__(self, rows: slice | None) -> None:
         self.rows = rows
-        count = len(range(7)[rows or slice(0)])
-        self.slot_rows = SlotRows(torch.ones(count, dtype=torch.int64), (), 0, count)
+        begin, end, _ = (rows or slice(0)).indices(7)
+        decodes = 0 if begin else min(end, 4)
+        slots = torch.ones(decodes, dtype=torch.int64)
+        self.slot_rows = SlotRows(slots, ((1, max(begin, decodes), end),), begin, end)
 
     def own(self) -> None:
         return None
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [ALL_ROWS, slice(1, 5), None])
+@pytest.mark.parametrize("rows", [ALL_ROWS, slice(0, 3), slice(0, 5), slice(1, 5), None])
 @pytest.mark.parametrize("adapted", [(0, 1, 2), (0, 2), (1,)])
 def test_a_packed_group_is_its_layers_with_their_adapters(
     adapted: tuple[int, ...], rows: slice | None, dtype: torch.dtype
@@ -72,9 +73,7 @@ def test_a_packed_group_is_its_layers_with_their_adapters(
         for m in adapted
     ]
     cores = torch.randn(2, len(adapted), 4, 4).to(dtype)
-    begins = [group.begin(m) for m in adapted]
-    delta = GroupDelta([b for _, _, b in pairs], begins, cores, shrunk=group.width)
-    group.adapt([a for _, a, _ in pairs], delta, FixedRows(rows))
+    group.adapt(adapted, [(a, b) for _, a, b in pairs], cores, FixedRows(rows))
     assert group.adapted
     x = torch.randn(1, 7, 320).to(dtype)
     seats = [PackedLinear(layer, group, m) for m, layer in enumerate(layers)]

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from lorasb_runtime.models.adapted_linear import ALL_ROWS
 from lorasb_runtime.ops.core_matmul import SlotRows
-from lorasb_runtime.ops.dense import PackedWeight, pack_weight
+from lorasb_runtime.ops.dense import AdaptedWeight, PackedWeight, pack_weight
 from lorasb_runtime.ops.group_delta import GroupDelta
 
 
@@ -29,7 +29,7 @@ class RowsOf(Protocol):
 
 
 class PackedGroup:
-    """Layers that read one input, their weights stacked: [sum of out, in], packed.
+    """Layers that read one input, their weights stacked: [width, in], packed.
 
     The first member that is asked computes for all, the others take their part; one that is asked
     about another input than its neighbours is right too, at the price of the whole.
@@ -38,63 +38,80 @@ class PackedGroup:
     def __init__(self, layers: Sequence[nn.Linear], packed: PackedWeight) -> None:
         """packed: of the layers' weights one below the other."""
         self._sizes = [layer.out_features for layer in layers]
-        self._parts = list(self._sizes)  # of what the packed weight gives
+        self.width = sum(self._sizes)
+        self._shrunk = 0  # columns behind it, of A x
         self._packed = packed
         self._bias = _stacked_bias(layers)
-        self._adapters: tuple[GroupDelta, RowsOf] | None = None
+        self._whole: AdaptedWeight | None = None
+        self._delta: GroupDelta | None = None
+        self._rows: RowsOf | None = None
         self._x: torch.Tensor | None = None
         self._out: tuple[torch.Tensor, ...] = ()
 
     @property
     def adapted(self) -> bool:
-        return self._adapters is not None
+        return self._rows is not None
 
-    def begin(self, member: int) -> int:
+    def _begin(self, member: int) -> int:
         """The first column of the member's output among all members'."""
         return sum(self._sizes[:member])
 
-    @property
-    def width(self) -> int:
-        """Of all members' output."""
-        return sum(self._sizes)
-
-    def adapt(self, shrinks: Sequence[torch.Tensor], delta: GroupDelta, rows: RowsOf) -> None:
+    def adapt(
+        self,
+        members: Sequence[int],
+        pairs: Sequence[tuple[torch.Tensor, torch.Tensor]],
+        cores: torch.Tensor,
+        rows: RowsOf,
+    ) -> None:
         """Add B R A x to members; A joins the weights, so that shrinking costs next to nothing.
 
-        shrinks: A [r, in] of each member that has an adapter, in the order that `delta` takes; its
-        A x stands behind the members' outputs.
+        pairs: A [r, in] and B [out, r] of each of them, whose A x stand behind the members'
+        outputs. cores: [slots, m, r, r], a view of the slot table.
         """
         weight = self._packed.unpack()
-        packed = pack_weight(torch.cat([weight, *(a.to(weight.dtype) for a in shrinks)]))
-        assert packed is not None and self._adapters is None
+        packed = pack_weight(torch.cat([weight, *(a.to(weight.dtype) for a, _ in pairs)]))
+        assert packed is not None and not self.adapted
         self._packed = packed
+        self._shrunk = sum(len(a) for a, _ in pairs)
         if self._bias is not None:
-            added = sum(len(a) for a in shrinks)
-            self._bias = torch.cat([self._bias, self._bias.new_zeros(added)])
-        self._adapters = delta, rows
-        self._parts.append(sum(len(a) for a in shrinks))
+            self._bias = torch.cat([self._bias, self._bias.new_zeros(self._shrunk)])
+        group = [b.to(weight.dtype) for _, b in pairs], [self._begin(m) for m in members], cores
+        self._whole = packed.adapted(*group, self.width)
+        self._delta = GroupDelta(*group, shrunk=self.width, decodes=self._whole is None)
+        self._rows = rows
 
     def compute(self, x: torch.Tensor, member: int) -> torch.Tensor:
         """Member's part for x: [..., in] -> [..., out], a view of all members' output."""
         if x is not self._x:
-            y = self._packed.multiply(x, self._bias)
-            if self._adapters is not None:
-                self._add_adapters(y, *self._adapters)
-            if len(self._sizes) == 1:
-                return y if self._adapters is None else y[..., : self._sizes[0]]
-            self._out = torch.split_with_sizes(y, self._parts, dim=-1)
+            y = self._multiply(x)
+            sizes = self._sizes
+            if y.shape[-1] != self.width:
+                sizes = [*sizes, self._shrunk]
+            elif len(sizes) == 1:
+                return y
+            self._out = torch.split_with_sizes(y, sizes, dim=-1)
             self._x = x
         out = self._out[member]
         if member + 1 == len(self._sizes):
             self._x, self._out = None, ()
         return out
 
-    def _add_adapters(self, y: torch.Tensor, delta: GroupDelta, batch: RowsOf) -> None:
-        rows = batch.rows
-        if rows is None:
-            return
+    def _multiply(self, x: torch.Tensor) -> torch.Tensor:
+        """All members' output, behind which A x may stand."""
+        rows = None if self._rows is None else self._rows.rows
+        if self._rows is None or self._delta is None or rows is None:
+            return self._packed.multiply(x, self._bias, self.width)
+        batch = self._rows.slot_rows
+        if self._whole is None or not batch.decodes:
+            y = self._packed.multiply(x, self._bias)
+        else:
+            y = self._whole.multiply(x, self._bias, batch.slots)
+            if batch.decodes == batch.end:
+                return y
+            rows, batch = slice(batch.decodes, batch.end), batch.after_decodes()
         flat = y.view(-1, y.shape[-1])
-        delta.add(flat if rows is ALL_ROWS else flat[rows], None, batch.slot_rows, batch.own)
+        self._delta.add(flat if rows is ALL_ROWS else flat[rows], None, batch, self._rows.own)
+        return y
 
 
 class PackedLinear(nn.Linear):

@@ -4,7 +4,7 @@ Scaling is applied once, to the core (`scale_core`): when a slot is filled (`res
 fold, export and training. No other function multiplies by it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -52,6 +52,10 @@ class SlotRows:
     @property
     def decodes(self) -> int:
         return self.slots.shape[0]
+
+    def after_decodes(self) -> "SlotRows":
+        """The rows of the runs alone."""
+        return replace(self, slots=self.slots[:0], begin=self.begin + self.decodes)
 
 
 def apply_cores(

@@ -1,5 +1,6 @@
 """Dense multiplies in the form that is fastest on this device: prepacked weights, batched rows."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Protocol
@@ -26,14 +27,33 @@ def compute_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
     return torch.float32 if slow else dtype
 
 
+class AdaptedWeight(Protocol):
+    """A packed weight with the deltas of a group, as of `GroupDelta`, for decoding rows."""
+
+    def multiply(
+        self, x: torch.Tensor, bias: torch.Tensor | None, slots: torch.Tensor
+    ) -> torch.Tensor:
+        """x @ weight.T + bias + the delta of slots[i] for row i: [..., in] -> [..., out]."""
+
+
 class PackedWeight(Protocol):
     """A weight [out, in] in a layout of its own."""
 
-    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """x @ weight.T + bias: [..., in] -> [..., out], contiguous."""
+    def multiply(
+        self, x: torch.Tensor, bias: torch.Tensor | None, outputs: int | None = None
+    ) -> torch.Tensor:
+        """x @ weight.T + bias: [..., in] -> [..., out], contiguous.
+
+        outputs: only so many need to be there.
+        """
 
     def unpack(self) -> torch.Tensor:
         """The weight, bit for bit."""
+
+    def adapted(
+        self, parts: Sequence[torch.Tensor], begins: Sequence[int], cores: torch.Tensor, shrunk: int
+    ) -> AdaptedWeight | None:
+        """With these deltas, where one kernel computes both; arguments as of `GroupDelta`."""
 
 
 @dataclass(frozen=True)
@@ -42,12 +62,17 @@ class DnnWeight:
 
     packed: torch.Tensor
 
-    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def multiply(
+        self, x: torch.Tensor, bias: torch.Tensor | None, outputs: int | None = None
+    ) -> torch.Tensor:
         y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, "none", [], "")
         return y
 
     def unpack(self) -> torch.Tensor:
         return self.packed.to_dense()
+
+    def adapted(self, *group: object) -> None:
+        return None
 
 
 def pack_weight(weight: torch.Tensor) -> PackedWeight | None:

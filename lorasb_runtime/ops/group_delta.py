@@ -1,7 +1,7 @@
 """y + B (R (A x)) for m target modules that read one x and whose outputs are columns of one y."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -45,18 +45,20 @@ class GroupDelta:
         *,
         a: torch.Tensor | None = None,
         shrunk: int = 0,
+        decodes: bool = True,
     ) -> None:
         """parts: B [out_i, r] of each member, whose output is y's columns begins[i].. .
 
         They do not overlap. cores: [slots, m, r, r], a view of the slot table. a: [m * r, in]; or
-        shrunk: the column of y from which on A x stands already.
+        shrunk: the column of y from which on A x stands already. decodes: False where decoding rows
+        are someone else's.
         """
         self.a = a
         self.expands = expands_of(parts, begins)
         self._cores = cores
         self._shape = cores.shape[1:3]
         self._shrunk = shrunk
-        kernel = kernel_for(parts[0].dtype, cores.dtype, cores.device)
+        kernel = kernel_for(parts[0].dtype, cores.dtype, cores.device) if decodes else None
         self._kernel = None if kernel is None else CoreKernel(kernel, parts, begins, cores, a)
 
     def add(
@@ -77,7 +79,7 @@ class GroupDelta:
                 return
             y = y[rows.decodes :]
             x = None if x is None else x[rows.decodes :]
-            rows = replace(rows, slots=rows.slots[:0], begin=rows.begin + rows.decodes)
+            rows = rows.after_decodes()
         if x is None:
             h = y[:, self._shrunk :]
         else:

@@ -1,22 +1,28 @@
-"""A linear layer on AMX's tiles, for bfloat16.
+"""A linear layer on AMX's tiles, for bfloat16, and the deltas of its rows.
 
 A decode step reads all weights and does little with each, so that it takes as long as reading does:
 the kernel reads up to three times as fast as oneDNN's multiply of few rows (docs/benchmarks.md).
 """
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 
 import torch
+from torch.nn.functional import pad
 
-from lorasb_runtime.ops.blocks_cpu import HELD, pack_blocks, unpack_blocks
+from lorasb_runtime.ops.blocks_cpu import HELD, LANES, pack_blocks, unpack_blocks
 from lorasb_runtime.ops.cpu_library import cpu_function
 
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
 _ARGUMENTS = [
     *(_POINTER, _INT, _INT, _INT),  # x, its stride, rows, inputs
     *(_POINTER, _INT, _POINTER, _POINTER),  # weight, outputs, bias, y
+]
+_ADAPTED_ARGUMENTS = [
+    *_ARGUMENTS,
+    *(_INT, _POINTER, _INT, _POINTER, _INT),  # shrunk, cores, their stride, slots, adapted rows
+    *(_POINTER, _POINTER, _INT, _INT),  # b, spans, members, r
 ]
 
 
@@ -26,12 +32,47 @@ class TileWeight:
     def __init__(self, kernel: Callable[..., None], weight: torch.Tensor) -> None:
         """kernel: of `linear_kernel`."""
         self._kernel = kernel
-        self._outputs, self._inputs = weight.shape
+        self.outputs, self._inputs = weight.shape
         self._packed = pack_blocks(weight)
         self._place = self._packed.data_ptr()
 
-    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """x @ weight.T + bias, added up in float32: [..., in] -> [..., out]."""
+    def multiply(
+        self, x: torch.Tensor, bias: torch.Tensor | None, outputs: int | None = None
+    ) -> torch.Tensor:
+        """x @ weight.T + bias, added up in float32: [..., in] -> [..., out], or the first of it."""
+        return self.run(self._kernel, x, bias, outputs or self.outputs)
+
+    def unpack(self) -> torch.Tensor:
+        """The weight [out, in], bit for bit."""
+        return unpack_blocks(self._packed, self.outputs, self._inputs)
+
+    def adapted(
+        self,
+        parts: Sequence[torch.Tensor],
+        begins: Sequence[int],
+        cores: torch.Tensor,
+        shrunk: int,
+    ) -> "AdaptedTiles | None":
+        """With the deltas of a group, as of `GroupDelta`; None where members share a block."""
+        kernel = cpu_function(
+            "adapted_linear",
+            (self._packed.dtype, cores.dtype),
+            cores.device,
+            _ADAPTED_ARGUMENTS,
+        )
+        if kernel is None or any(column % LANES for column in (*begins, shrunk)):
+            return None
+        return AdaptedTiles(kernel, self, parts, begins, cores, shrunk)
+
+    def run(
+        self,
+        kernel: Callable[..., None],
+        x: torch.Tensor,
+        bias: torch.Tensor | None,
+        outputs: int,
+        *more: int,
+    ) -> torch.Tensor:
+        """The first outputs that the kernel computes of x. more: arguments after _ARGUMENTS."""
         dtype = self._packed.dtype
         assert x.dtype == dtype and x.shape[-1] == self._inputs
         rows = x.reshape(-1, self._inputs)
@@ -39,18 +80,54 @@ class TileWeight:
             rows = rows.contiguous()
         place = None
         if bias is not None:
-            assert bias.dtype == dtype and bias.shape == (self._outputs,) and bias.is_contiguous()
+            assert bias.dtype == dtype and bias.shape == (self.outputs,) and bias.is_contiguous()
             place = bias.data_ptr()
-        y = x.new_empty(*x.shape[:-1], self._outputs)
-        self._kernel(
+        y = x.new_empty(*x.shape[:-1], outputs)
+        kernel(
             *(rows.data_ptr(), rows.stride(0), rows.shape[0], self._inputs),
-            *(self._place, self._outputs, place, y.data_ptr()),
+            *(self._place, outputs, place, y.data_ptr(), *more),
         )
         return y
 
-    def unpack(self) -> torch.Tensor:
-        """The weight [out, in], bit for bit."""
-        return unpack_blocks(self._packed, self._outputs, self._inputs)
+
+class AdaptedTiles:
+    """A weight and the deltas of a group, which decoding rows get in one call."""
+
+    def __init__(
+        self,
+        kernel: Callable[..., None],
+        weight: TileWeight,
+        parts: Sequence[torch.Tensor],
+        begins: Sequence[int],
+        cores: torch.Tensor,
+        shrunk: int,
+    ) -> None:
+        self._kernel = kernel
+        self._weight = weight
+        members, rank = cores.shape[1:3]
+        assert cores.shape[3] == rank and cores[0].is_contiguous()
+        assert all(part.dtype == torch.bfloat16 for part in parts)
+        # A tile takes HELD inputs of the weight, and so it does of B.
+        b = torch.cat([pack_blocks(pad(part, (0, -rank % HELD))) for part in parts])
+        ends = [begin + len(part) for begin, part in zip(begins, parts, strict=True)]
+        spans = torch.tensor([*zip(begins, ends, strict=True)], dtype=torch.int64)
+        self._held = b, spans, cores
+        self._cores = shrunk, cores.data_ptr(), cores.stride(0)
+        self._b = b.data_ptr(), spans.data_ptr(), members, rank
+
+    def multiply(
+        self, x: torch.Tensor, bias: torch.Tensor | None, slots: torch.Tensor
+    ) -> torch.Tensor:
+        """W x + bias + B (R (A x)), rounded once, with R the cores in slots[i] for row i.
+
+        slots: int64 [n], for x's first n rows; those of slot 0 and all others get W x + bias.
+        [..., in] -> [..., out], of which the columns from `shrunk` on are A x.
+        """
+        assert slots.dtype == torch.int64 and len(slots) <= x.shape[:-1].numel()
+        return self._weight.run(
+            *(self._kernel, x, bias, self._weight.outputs),
+            *(*self._cores, slots.data_ptr(), len(slots), *self._b),
+        )
 
 
 @cache

@@ -12,7 +12,6 @@ from lorasb_runtime.models.packed_linear import PackedGroup, PackedLinear
 from lorasb_runtime.ops.core_cpu import kernel_for
 from lorasb_runtime.ops.core_matmul import SlotRows, apply_cores, shrink
 from lorasb_runtime.ops.dense import matvec_dtype
-from lorasb_runtime.ops.group_delta import GroupDelta
 from lorasb_runtime.storage.basis_file import Basis
 
 # Up to so many decoding rows of one adapter are left to the kernel, which starts faster than the
@@ -204,17 +203,16 @@ def adapt_for_slots(
 def _adapt_group(model: PreTrainedModel, basis: Basis, slots: GroupSlots) -> None:
     """Inside their packed group, where they are the members of one, or each layer by itself."""
     seats = [model.get_submodule(name) for name in slots.modules]
-    shrinks = [basis.a(name) for name in slots.modules]
     group = _common_group(seats)
     if group is None or group.adapted:
+        shrinks = [basis.a(name) for name in slots.modules]
         cores = GroupCores(slots, torch.cat(shrinks).to(model.device, model.dtype))
         for member, name in enumerate(slots.modules):
             adapt_layer(model, basis, name, SlotCores(cores, member))
         return
-    begins = [group.begin(seat.member) for seat in seats if isinstance(seat, PackedLinear)]
-    parts = [basis.b(name).to(model.dtype) for name in slots.modules]
-    delta = GroupDelta(parts, begins, slots.cores, shrunk=group.width)
-    group.adapt(shrinks, delta, slots)
+    members = [seat.member for seat in seats if isinstance(seat, PackedLinear)]
+    pairs = [(basis.a(name), basis.b(name)) for name in slots.modules]
+    group.adapt(members, pairs, slots.cores, slots)
 
 
 def _common_group(layers: list[nn.Module]) -> PackedGroup | None:

@@ -99,7 +99,7 @@ template <class T> struct Attention {
             for (int64_t g = 0; g < G; g++) products[g][j] = product[g];
         }
         for (int64_t g = 0; g < G; g++) {
-            store(scores + g * padded, sums(products[g]));
+            store(scores + g * padded, sums<LANES>(products[g]));
             std::fill(scores + g * padded + count, scores + g * padded + LANES, -INFINITY);
         }
     }
@@ -123,7 +123,7 @@ template <class T> struct Attention {
             total += weights;
         }
         vec all[LANES] = {total};
-        return sums(all)[0];
+        return sums<LANES>(all)[0];
     }
 
     template <int64_t G, bool WHOLE>

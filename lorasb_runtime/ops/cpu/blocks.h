@@ -108,20 +108,21 @@ static inline void ask_for(const bf16* from) {
     for (int64_t n = 0; n < HELD; n += 2) __builtin_prefetch(from + n * LANES);
 }
 
-// totals [16 R, 16 B] = R times 16 rows times B blocks, one after the other, their totals `width`
-// numbers apart. Asks for the block after the next, too.
-template <int R, int B>
-static inline void multiply(const bf16* rows, int64_t row, const bf16* block, int64_t depth,
-                            float* totals, int64_t width) {
-    const bf16* second = block + (B - 1) * depth * LANES;
+// Totals of R times 16 rows and B blocks are zeroed, added up from one or more matrices, and stored.
+template <int R, int B> static inline void zero() {
     _tile_zero(0);
     if (B > 1) _tile_zero(1);
     if (R > 1) _tile_zero(2);
     if (R > 1 && B > 1) _tile_zero(3);
+}
+
+// Adds the rows times blocks that lie one after the other. Asks for what is to come, two tiles ahead.
+template <int R, int B>
+static inline void add(const bf16* rows, int64_t row, const bf16* block, int64_t depth) {
+    const bf16* second = block + depth * LANES;
     for (int64_t j = 0; j < depth; j += HELD) {
-        const bf16* next = block + (2 * depth + j) * LANES;
-        ask_for(next);
-        if (B > 1) ask_for(next + depth * LANES);
+        ask_for(block + (j + 2 * HELD) * LANES);
+        if (B > 1) ask_for(second + (j + 2 * HELD) * LANES);
         _tile_loadd(6, block + j * LANES, LANES * sizeof(float));
         _tile_loadd(4, rows + j, row * sizeof(bf16));
         _tile_dpbf16ps(0, 4, 6);
@@ -135,6 +136,10 @@ static inline void multiply(const bf16* rows, int64_t row, const bf16* block, in
             if (B > 1) _tile_dpbf16ps(3, 5, 7);
         }
     }
+}
+
+// totals: [16 R, 16 B], rows `width` numbers apart.
+template <int R, int B> static inline void store(float* totals, int64_t width) {
     const int64_t bytes = width * sizeof(float);
     _tile_stored(0, totals, bytes);
     if (B > 1) _tile_stored(1, totals + LANES, bytes);
@@ -162,7 +167,9 @@ template <> struct Panel<bf16> {
 
     void times(const bf16* block, int64_t, vec* totals) const {
         const int64_t all = depth(inputs);
-        tiles::multiply<1, 1>(rows, all, block, all, reinterpret_cast<float*>(totals), LANES);
+        tiles::zero<1, 1>();
+        tiles::add<1, 1>(rows, all, block, all);
+        tiles::store<1, 1>(reinterpret_cast<float*>(totals), LANES);
     }
 };
 #endif

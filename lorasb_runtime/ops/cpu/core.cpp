@@ -7,27 +7,9 @@
 #include <vector>
 
 #include "blocks.h"
+#include "cores.h"
 
 namespace {
-
-// out = R h: [r, r] times [r]; h and out have room for whole vectors, h zeros after r. Asks for the
-// next core meanwhile.
-template <class C>
-void times_core(const C* core, const C* next, const float* h, int64_t r, float* out) {
-    for (int64_t i = 0; i < r; i += LANES) {
-        vec totals[LANES] = {};
-        const int64_t count = std::min(LANES, r - i);
-        for (int64_t j = 0; j < r; j += LANES) {
-            const vec x = load(h + j);
-            for (int64_t k = 0; k < count; k++) {
-                const int64_t at = (i + k) * r + j;
-                __builtin_prefetch(next + at);
-                totals[k] += load_part(core + at, r - j) * x;
-            }
-        }
-        store(out + i, sums(totals));
-    }
-}
 
 template <class T, class C> struct Group {
     typedef typename Panel<T>::number number;
@@ -48,7 +30,8 @@ template <class T, class C> struct Group {
     void run(int64_t first, int64_t last, int64_t part, int64_t parts) const {
         const int64_t width = round_up(members * r, LANES), padded = round_up(r, LANES);
         std::vector<number> panel(ROWS * Panel<T>::depth(std::max(a ? inputs : 0, r)));
-        std::vector<float> hs(ROWS * width), h(padded), vs(ROWS * members * padded);
+        std::vector<float> hs(ROWS * width), vs(ROWS * members * padded);
+        std::vector<typename Core<T, C>::number> h(round_up(r, Core<T, C>::WIDTH));
         int64_t rows[ROWS];
         while (first < last) {
             int64_t n = 0;
@@ -64,8 +47,8 @@ template <class T, class C> struct Group {
                 const C* core = cores + slots[rows[i]] * core_stride;
                 const C* next = cores + slots[rows[std::min(i + 1, n - 1)]] * core_stride;
                 for (int64_t m = 0; m < members; m++, core += r * r, next += r * r) {
-                    std::copy_n(&hs[i * width + m * r], r, h.data());
-                    times_core(core, next, h.data(), r, &vs[(i * members + m) * padded]);
+                    convert(&hs[i * width + m * r], r, h.data());
+                    times_core<T>(core, next, h.data(), r, &vs[(i * members + m) * padded]);
                 }
             }
             expand(rows, n, {panel.data(), r}, vs.data(), padded, part, parts);

@@ -1,14 +1,45 @@
-// x W^T + bias on AMX's tiles, for bfloat16 weights that lie in the blocks of blocks.h.
+// x W^T + bias on AMX's tiles, for bfloat16 weights that lie in the blocks of blocks.h; and the same
+// with rows that each have a core R of their own, + B (R (A x)).
 //
 // A thread takes a part of the outputs: decoding, a step reads every weight once and does little
-// with it, so that all depends on reading them without a pause.
+// with it, so that all depends on reading them without a pause. B's part joins the totals while
+// they are in the tiles, and is rounded with them.
 
 #include <omp.h>
+#include <vector>
 
 #include "blocks.h"
+#include "cores.h"
 
 #ifdef __AMX_BF16__
 namespace {
+
+constexpr int64_t MOST_ROWS = 2 * tiles::SIDE;  // that share a block once it is loaded
+
+// R (A x) of the first `rows` rows, and the B's that it is yet to be multiplied by.
+struct Values {
+    const bf16* v;  // [rows, members * depth], and zero rows to a multiple of MOST_ROWS
+    int64_t rows, depth, members;
+    const bf16* b;
+    const int64_t* spans;  // begin, end of each member's outputs, in whole blocks but for the last
+
+    const bf16* of(int64_t row, int64_t member) const {
+        return v + row * members * depth + member * depth;
+    }
+    // The member that has these outputs, or `members`; `block`: its block of B.
+    int64_t member(int64_t output, const bf16*& block) const {
+        block = b;
+        for (int64_t m = 0; m < members; m++) {
+            const int64_t begin = spans[2 * m], end = spans[2 * m + 1];
+            if (begin <= output && output < end) {
+                block += (output - begin) * depth;
+                return m;
+            }
+            block += round_up(end - begin, LANES) * depth;
+        }
+        return members;
+    }
+};
 
 struct Linear {
     const bf16* x;
@@ -18,39 +49,80 @@ struct Linear {
     const bf16* bias;  // null: none
     bf16* y;
 
-    // Blocks first..last of the outputs.
-    void run(int64_t first, int64_t last) const {
-        int64_t ready = 0;
-        for (int64_t b = first; b < last; b += 2)
-            for (int64_t r = 0; r < rows; r += 2 * tiles::SIDE) {
-                const int64_t n = std::min(rows - r, 2 * tiles::SIDE);
-                if (n != ready) tiles::set_up(ready = n, inputs);
-                multiply(r, n, b, std::min<int64_t>(last - b, 2));
+    // This thread's part of the outputs from `begin` to `end`, which are whole blocks but for the
+    // last; values: null for none.
+    void run(int64_t begin, int64_t end, const Values* values) const {
+        const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
+        const int64_t blocks = round_up(end - begin, LANES) / LANES;
+        const int64_t last = begin + blocks * (thread + 1) / threads * LANES;
+        int64_t ready = 0, count = 1;
+        for (int64_t o = begin + blocks * thread / threads * LANES; o < last; o += count * LANES) {
+            const bf16 *b = nullptr, *next = nullptr;
+            const int64_t member = values ? values->member(o, b) : 0;
+            count = o + LANES < last && (!values || values->member(o + LANES, next) == member) ? 2 : 1;
+            const bool expands = values && member < values->members;
+            for (int64_t r = 0; r < rows; r += MOST_ROWS) {
+                const int64_t n = std::min(rows - r, MOST_ROWS);
+                if (n != ready) tiles::set_up(ready = n, HELD);
+                const bf16* v = expands && r < values->rows ? values->of(r, member) : nullptr;
+                const auto multiply = n > tiles::SIDE
+                                          ? count > 1 ? &Linear::add<2, 2> : &Linear::add<2, 1>
+                                      : count > 1 ? &Linear::add<1, 2>
+                                                  : &Linear::add<1, 1>;
+                (this->*multiply)(r, n, o, v, b, values);
             }
+        }
         _tile_release();
     }
 
-    void multiply(int64_t r, int64_t n, int64_t b, int64_t blocks) const {
-        constexpr int64_t WIDTH = 2 * LANES;
-        alignas(64) float totals[2 * tiles::SIDE * WIDTH];
-        const bf16 *from = x + r * x_row, *block = weight + b * LANES * inputs;
-        if (n > tiles::SIDE && blocks > 1)
-            tiles::multiply<2, 2>(from, x_row, block, inputs, totals, WIDTH);
-        else if (n > tiles::SIDE)
-            tiles::multiply<2, 1>(from, x_row, block, inputs, totals, WIDTH);
-        else if (blocks > 1)
-            tiles::multiply<1, 2>(from, x_row, block, inputs, totals, WIDTH);
-        else
-            tiles::multiply<1, 1>(from, x_row, block, inputs, totals, WIDTH);
-        for (int64_t k = 0; k < blocks; k++) {
-            const int64_t o = (b + k) * LANES, count = std::min(LANES, outputs - o);
-            const vec added = bias ? load_part(bias + o, count) : vec{};
+    template <int R, int B>
+    void add(int64_t r, int64_t n, int64_t o, const bf16* v, const bf16* b,
+             const Values* values) const {
+        constexpr int64_t WIDTH = B * LANES;
+        alignas(64) float totals[R * tiles::SIDE * WIDTH];
+        tiles::zero<R, B>();
+        tiles::add<R, B>(x + r * x_row, x_row, weight + o * inputs, inputs);
+        if (v) tiles::add<R, B>(v, values->members * values->depth, b, values->depth);
+        tiles::store<R, B>(totals, WIDTH);
+        for (int64_t k = 0; k < WIDTH; k += LANES) {
+            const int64_t count = std::min(LANES, outputs - o - k);
+            const vec added = bias ? load_part(bias + o + k, count) : vec{};
+            bf16* to = y + r * outputs + o + k;
             for (int64_t i = 0; i < n; i++)
-                store_part(y + (r + i) * outputs + o, load(totals + i * WIDTH + k * LANES) + added,
-                           count);
+                store_part(to + i * outputs, load(totals + i * WIDTH + k) + added, count);
         }
     }
 };
+
+// The outputs from `shrunk` on are A x, of all members one after the other.
+template <class C>
+void run_adapted(const Linear& linear, int64_t shrunk, const C* cores, int64_t core_row,
+                 const int64_t* slots, int64_t rows, const bf16* b, const int64_t* spans,
+                 int64_t members, int64_t r) {
+    const int64_t depth = round_up(r, HELD);
+    std::vector<bf16> v(round_up(rows, MOST_ROWS) * members * depth);
+    const Values values{v.data(), rows, depth, members, b, spans};
+    const auto core = [&](int64_t pair) {
+        return cores + slots[pair / members] * core_row + pair % members * r * r;
+    };
+#pragma omp parallel
+    {
+        linear.run(shrunk, linear.outputs, nullptr);
+        std::vector<typename Core<bf16, C>::number> h(round_up(r, Core<bf16, C>::WIDTH));
+        std::vector<float> out(round_up(r, LANES));
+#pragma omp barrier
+#pragma omp for schedule(static)
+        for (int64_t pair = 0; pair < rows * members; pair++) {
+            const int64_t row = pair / members, m = pair % members;
+            if (!slots[row]) continue;
+            convert(linear.y + row * linear.outputs + shrunk + m * r, r, h.data());
+            times_core<bf16>(core(pair), core(std::min(pair + 1, rows * members - 1)), h.data(), r,
+                             out.data());
+            convert(out.data(), r, v.data() + pair * depth);
+        }
+        linear.run(0, shrunk, &values);
+    }
+}
 
 }  // namespace
 
@@ -58,11 +130,21 @@ struct Linear {
 extern "C" void linear_bf16(const bf16* x, int64_t x_row, int64_t rows, int64_t inputs,
                             const bf16* weight, int64_t outputs, const bf16* bias, bf16* y) {
     const Linear linear{x, x_row, rows, inputs, weight, outputs, bias, y};
-    const int64_t blocks = round_up(outputs, LANES) / LANES;
 #pragma omp parallel
-    {
-        const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
-        linear.run(blocks * thread / threads, blocks * (thread + 1) / threads);
-    }
+    linear.run(0, outputs, nullptr);
 }
+
+// Of the first `adapted` rows; cores: the group's columns of the slot table, at slot 0.
+#define ADAPTED_LINEAR(NAME, C)                                                                    \
+    extern "C" void NAME(const bf16* x, int64_t x_row, int64_t rows, int64_t inputs,               \
+                         const bf16* weight, int64_t outputs, const bf16* bias, bf16* y,           \
+                         int64_t shrunk, const C* cores, int64_t core_row, const int64_t* slots,   \
+                         int64_t adapted, const bf16* b, const int64_t* spans, int64_t members,    \
+                         int64_t r) {                                                              \
+        run_adapted(Linear{x, x_row, rows, inputs, weight, outputs, bias, y}, shrunk, cores,       \
+                    core_row, slots, adapted, b, spans, members, r);                               \
+    }
+
+ADAPTED_LINEAR(adapted_linear_bf16_f32, float)
+ADAPTED_LINEAR(adapted_linear_bf16_bf16, bf16)
 #endif

@@ -18,7 +18,7 @@ void norm_row(const T* x, const float* weight, T* out, int64_t n, float eps) {
         squares += part * part;
     }
     vec all[LANES] = {squares};
-    const float scale = 1 / std::sqrt(sums(all)[0] / n + eps);
+    const float scale = 1 / std::sqrt(sums<LANES>(all)[0] / n + eps);
     for (int64_t j = 0; j < n; j += LANES)
         store_part(out + j, load_part(x + j, n - j) * scale * load_part(weight + j, n - j), n - j);
 }

@@ -5,6 +5,9 @@
 #include <cstdint>
 #include <cstring>
 
+// So that small arrays of vectors stay in registers.
+#define UNROLL _Pragma("GCC unroll 16")
+
 constexpr int64_t LANES = 16;
 typedef float vec __attribute__((vector_size(LANES * sizeof(float))));
 typedef uint32_t bits __attribute__((vector_size(LANES * sizeof(uint32_t))));
@@ -63,10 +66,13 @@ static inline vec add_pairs(vec a, vec b) {
            __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 }
 
-// Lane i of the result is the sum of v[i]'s lanes.
-static inline vec sums(vec* v) {
-    for (int64_t n = LANES; n > 1; n /= 2)
-        for (int64_t i = 0; i < n / 2; i++) v[i] = add_pairs(v[2 * i], v[2 * i + 1]);
+// With N = 16, lane i of the result is the sum of v[i]'s lanes; with 8, lanes 2i and 2i + 1 are those
+// of its halves, and so on. v is overwritten.
+template <int64_t N> static inline vec sums(vec* v) {
+    if constexpr (N > 1) {
+        UNROLL for (int64_t i = 0; i < N / 2; i++) v[i] = add_pairs(v[2 * i], v[2 * i + 1]);
+        return sums<N / 2>(v);
+    }
     return v[0];
 }
 
