@@ -5,6 +5,7 @@ from typing import Any
 
 from lorasb_runtime.errors import InputError
 
+WINDOW = 16  # tokens that are decoded together, to know what one more adds
 REPLACEMENT = "\ufffd"  # what a decoder writes for an unfinished multi-byte character
 
 
@@ -100,7 +101,7 @@ class TextCodec:
 class IncrementalDecoder:
     """Turns tokens into text as they come; never gives out half of a multi-byte character.
 
-    Decodes a short window twice, without and with the new token, and gives out the difference:
+    Decodes the last tokens together with the new one, and gives out what that adds to their text:
     tokenizers that put a space before a word need the tokens before it.
     """
 
@@ -109,6 +110,7 @@ class IncrementalDecoder:
         self._skip = skip_special_tokens
         self._window: list[int] = []
         self._given = 0  # tokens of the window whose text has been given out
+        self._text = ""  # of these
 
     def push(self, token: int) -> str:
         """The text that has become certain with `token`; empty while a character is unfinished."""
@@ -123,10 +125,13 @@ class IncrementalDecoder:
         return self._advance(self._decode(self._window))
 
     def _advance(self, text: str) -> str:
-        before = self._decode(self._window[: self._given])
-        self._window = self._window[self._given :]
-        self._given = len(self._window)
-        return text[len(before) :]
+        """Give out what `text`, the whole window's, has more than was given."""
+        added = text[len(self._text) :]
+        if len(self._window) > WINDOW:
+            self._window = self._window[self._given :]
+            text = self._decode(self._window)
+        self._given, self._text = len(self._window), text
+        return added
 
     def _decode(self, ids: list[int]) -> str:
         return self._codec.decode(ids, skip_special_tokens=self._skip)

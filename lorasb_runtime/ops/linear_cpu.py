@@ -16,8 +16,8 @@ from lorasb_runtime.ops.cpu_library import cpu_function
 
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
 _ARGUMENTS = [
-    *(_POINTER, _INT, _INT, _INT),  # x, its stride, rows, inputs
-    *(_POINTER, _INT, _POINTER, _POINTER),  # weight, outputs, bias, y
+    *(_POINTER, _INT, _INT, _POINTER),  # x, rows, inputs, weight
+    *(_INT, _POINTER, _POINTER),  # outputs, bias, y
 ]
 _ADAPTED_ARGUMENTS = [
     *_ARGUMENTS,
@@ -75,17 +75,16 @@ class TileWeight:
         """The first outputs that the kernel computes of x. more: arguments after _ARGUMENTS."""
         dtype = self._packed.dtype
         assert x.dtype == dtype and x.shape[-1] == self._inputs
-        rows = x.reshape(-1, self._inputs)
-        if rows.stride(1) != 1:
-            rows = rows.contiguous()
+        if not x.is_contiguous():
+            x = x.contiguous()
         place = None
         if bias is not None:
             assert bias.dtype == dtype and bias.shape == (self.outputs,) and bias.is_contiguous()
             place = bias.data_ptr()
-        y = x.new_empty(*x.shape[:-1], outputs)
+        y = torch.empty((*x.shape[:-1], outputs), dtype=dtype)
         kernel(
-            *(rows.data_ptr(), rows.stride(0), rows.shape[0], self._inputs),
-            *(self._place, outputs, place, y.data_ptr(), *more),
+            *(x.data_ptr(), x.numel() // self._inputs, self._inputs, self._place),
+            *(outputs, place, y.data_ptr(), *more),
         )
         return y
 
@@ -123,10 +122,11 @@ class AdaptedTiles:
         slots: int64 [n], for x's first n rows; those of slot 0 and all others get W x + bias.
         [..., in] -> [..., out], of which the columns from `shrunk` on are A x.
         """
-        assert slots.dtype == torch.int64 and len(slots) <= x.shape[:-1].numel()
+        count = slots.shape[0]
+        assert slots.dtype == torch.int64 and count * x.shape[-1] <= x.numel()
         return self._weight.run(
             *(self._kernel, x, bias, self._weight.outputs),
-            *(*self._cores, slots.data_ptr(), len(slots), *self._b),
+            *(*self._cores, slots.data_ptr(), count, *self._b),
         )
 
 

@@ -16,7 +16,7 @@ from lorasb_runtime.engines.base import (
     GenerationRequest,
     check_request,
 )
-from lorasb_runtime.engines.torch.job import Job
+from lorasb_runtime.engines.torch.job import Event, Job, send_all
 from lorasb_runtime.engines.torch.kv_regions import KVRegions
 from lorasb_runtime.engines.torch.output import SequenceOutput
 from lorasb_runtime.engines.torch.prefix_cache import PrefixCache
@@ -207,13 +207,17 @@ class TorchEngine:
         for part, logits in result.prompts:
             self._sampler.read_prompt(part.sequence, part.start, logits)
         chosen = self._sampler.choose(result.receivers, result.logits)
-        for sequence, (token, logprobs) in zip(result.receivers, chosen, strict=True):
-            sequence.tokens.append(token)
-            job = self._jobs[sequence]
-            chunk = job.outputs[sequence].push(token, logprobs)
-            if chunk.finish_reason is not None:
-                self._finish(sequence)
-            job.send(chunk)
+        events: list[tuple[Job, Event]] = []
+        try:
+            for sequence, (token, logprobs) in zip(result.receivers, chosen, strict=True):
+                sequence.tokens.append(token)
+                job = self._jobs[sequence]
+                chunk = job.outputs[sequence].push(token, logprobs)
+                if chunk.finish_reason is not None:
+                    self._finish(sequence)
+                events.append((job, chunk))
+        finally:
+            send_all(events)
         size = len(step.decodes) + len(step.prefills)
         self._steps.add(size, time.perf_counter() - began, forward_seconds)
 

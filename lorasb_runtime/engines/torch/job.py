@@ -54,7 +54,21 @@ class Job:
 
     def send(self, event: Event) -> None:
         """Hand an event over to the caller's loop, from the engine's thread."""
+        send_all([(self, event)])
+
+
+def send_all(events: list[tuple[Job, Event]]) -> None:
+    """Hand events over to their callers, from the engine's thread; each loop is woken once."""
+    by_loop: dict[asyncio.AbstractEventLoop, list[tuple[Job, Event]]] = {}
+    for job, event in events:
+        by_loop.setdefault(job.loop, []).append((job, event))
+    for loop, own in by_loop.items():
         try:
-            self.loop.call_soon_threadsafe(self.events.put_nowait, event)
-        except RuntimeError:  # the caller's loop is closed: nobody is left to tell
-            logger.debug("request %s has no listener", self.request.request_id)
+            loop.call_soon_threadsafe(_put, own)
+        except RuntimeError:  # the callers' loop is closed: nobody is left to tell
+            logger.debug("%d events have no listener", len(own))
+
+
+def _put(events: list[tuple[Job, Event]]) -> None:
+    for job, event in events:
+        job.events.put_nowait(event)

@@ -42,12 +42,12 @@ struct Values {
 };
 
 struct Linear {
-    const bf16* x;
-    int64_t x_row, rows, inputs;  // a multiple of HELD
+    const bf16* x;  // [rows, inputs]; inputs: a multiple of HELD
+    int64_t rows, inputs;
     const bf16* weight;
     int64_t outputs;
     const bf16* bias;  // null: none
-    bf16* y;
+    bf16* y;  // [rows, outputs]
 
     // This thread's part of the outputs from `begin` to `end`, which are whole blocks but for the
     // last; values: null for none.
@@ -81,7 +81,7 @@ struct Linear {
         constexpr int64_t WIDTH = B * LANES;
         alignas(64) float totals[R * tiles::SIDE * WIDTH];
         tiles::zero<R, B>();
-        tiles::add<R, B>(x + r * x_row, x_row, weight + o * inputs, inputs);
+        tiles::add<R, B>(x + r * inputs, inputs, weight + o * inputs, inputs);
         if (v) tiles::add<R, B>(v, values->members * values->depth, b, values->depth);
         tiles::store<R, B>(totals, WIDTH);
         for (int64_t k = 0; k < WIDTH; k += LANES) {
@@ -126,23 +126,21 @@ void run_adapted(const Linear& linear, int64_t shrunk, const C* cores, int64_t c
 
 }  // namespace
 
-// x: neighbours in a row, `x_row` numbers from row to row. y: [rows, outputs], contiguous.
-extern "C" void linear_bf16(const bf16* x, int64_t x_row, int64_t rows, int64_t inputs,
-                            const bf16* weight, int64_t outputs, const bf16* bias, bf16* y) {
-    const Linear linear{x, x_row, rows, inputs, weight, outputs, bias, y};
+extern "C" void linear_bf16(const bf16* x, int64_t rows, int64_t inputs, const bf16* weight,
+                            int64_t outputs, const bf16* bias, bf16* y) {
+    const Linear linear{x, rows, inputs, weight, outputs, bias, y};
 #pragma omp parallel
     linear.run(0, outputs, nullptr);
 }
 
 // Of the first `adapted` rows; cores: the group's columns of the slot table, at slot 0.
 #define ADAPTED_LINEAR(NAME, C)                                                                    \
-    extern "C" void NAME(const bf16* x, int64_t x_row, int64_t rows, int64_t inputs,               \
-                         const bf16* weight, int64_t outputs, const bf16* bias, bf16* y,           \
-                         int64_t shrunk, const C* cores, int64_t core_row, const int64_t* slots,   \
-                         int64_t adapted, const bf16* b, const int64_t* spans, int64_t members,    \
-                         int64_t r) {                                                              \
-        run_adapted(Linear{x, x_row, rows, inputs, weight, outputs, bias, y}, shrunk, cores,       \
-                    core_row, slots, adapted, b, spans, members, r);                               \
+    extern "C" void NAME(const bf16* x, int64_t rows, int64_t inputs, const bf16* weight,          \
+                         int64_t outputs, const bf16* bias, bf16* y, int64_t shrunk,               \
+                         const C* cores, int64_t core_row, const int64_t* slots, int64_t adapted,  \
+                         const bf16* b, const int64_t* spans, int64_t members, int64_t r) {        \
+        run_adapted(Linear{x, rows, inputs, weight, outputs, bias, y}, shrunk, cores, core_row,    \
+                    slots, adapted, b, spans, members, r);                                         \
     }
 
 ADAPTED_LINEAR(adapted_linear_bf16_f32, float)
