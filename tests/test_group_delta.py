@@ -76,8 +76,8 @@ def check(
     before = wide.clone()
     expected = y[:, : group.width].double() + group.delta(slots, x)
     if shrunk:
-        delta = GroupDelta(group.parts, group.begins, group.cores, shrunk=group.width)
-        delta.add(y, None, rows, lambda: None)
+        delta = GroupDelta(group.parts, group.begins, group.cores)
+        delta.add(y, y[:, group.width :], rows, lambda: None)
     else:
         delta = GroupDelta(group.parts, group.begins, group.cores, a=group.a)
         delta.add(y[:, : group.width], x, rows, lambda: None)

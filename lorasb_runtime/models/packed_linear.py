@@ -38,8 +38,7 @@ class PackedGroup:
     def __init__(self, layers: Sequence[nn.Linear], packed: PackedWeight) -> None:
         """packed: of the layers' weights one below the other."""
         self._sizes = [layer.out_features for layer in layers]
-        self.width = sum(self._sizes)
-        self._shrunk = 0  # columns behind it, of A x
+        self._width = sum(self._sizes)
         self._packed = packed
         self._bias = _stacked_bias(layers)
         self._whole: AdaptedWeight | None = None
@@ -72,24 +71,21 @@ class PackedGroup:
         packed = pack_weight(torch.cat([weight, *(a.to(weight.dtype) for a, _ in pairs)]))
         assert packed is not None and not self.adapted
         self._packed = packed
-        self._shrunk = sum(len(a) for a, _ in pairs)
         if self._bias is not None:
-            self._bias = torch.cat([self._bias, self._bias.new_zeros(self._shrunk)])
+            shrunk = sum(len(a) for a, _ in pairs)
+            self._bias = torch.cat([self._bias, self._bias.new_zeros(shrunk)])
         group = [b.to(weight.dtype) for _, b in pairs], [self._begin(m) for m in members], cores
-        self._whole = packed.adapted(*group, self.width)
-        self._delta = GroupDelta(*group, shrunk=self.width, decodes=self._whole is None)
+        self._whole = packed.adapted(*group)
+        self._delta = GroupDelta(*group, decodes=self._whole is None)
         self._rows = rows
 
     def compute(self, x: torch.Tensor, member: int) -> torch.Tensor:
         """Member's part for x: [..., in] -> [..., out], a view of all members' output."""
         if x is not self._x:
             y = self._multiply(x)
-            sizes = self._sizes
-            if y.shape[-1] != self.width:
-                sizes = [*sizes, self._shrunk]
-            elif len(sizes) == 1:
+            if len(self._sizes) == 1:
                 return y
-            self._out = torch.split_with_sizes(y, sizes, dim=-1)
+            self._out = torch.split_with_sizes(y, self._sizes, dim=-1)
             self._x = x
         out = self._out[member]
         if member + 1 == len(self._sizes):
@@ -97,20 +93,23 @@ class PackedGroup:
         return out
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
-        """All members' output, behind which A x may stand."""
+        """All members' output: [..., in] -> [..., width]."""
         rows = None if self._rows is None else self._rows.rows
         if self._rows is None or self._delta is None or rows is None:
-            return self._packed.multiply(x, self._bias, self.width)
+            return self._packed.multiply(x, self._bias, self._width)
         batch = self._rows.slot_rows
-        if self._whole is None or not batch.decodes:
-            y = self._packed.multiply(x, self._bias)
-        else:
-            y = self._whole.multiply(x, self._bias, batch.slots)
+        if self._whole is not None:
+            y, h = self._whole.multiply(x, self._bias, batch.slots)
             if batch.decodes == batch.end:
                 return y
-            rows, batch = slice(batch.decodes, batch.end), batch.after_decodes()
-        flat = y.view(-1, y.shape[-1])
-        self._delta.add(flat if rows is ALL_ROWS else flat[rows], None, batch, self._rows.own)
+            rows, batch = slice(batch.begin + batch.decodes, batch.end), batch.after_decodes()
+        else:
+            wide = self._packed.multiply(x, self._bias)
+            y, h = wide[..., : self._width], wide[..., self._width :]
+        parts = y.flatten(0, -2), h.flatten(0, -2)
+        if rows is not ALL_ROWS:
+            parts = parts[0][rows], parts[1][rows]
+        self._delta.add(*parts, batch, self._rows.own)
         return y
 
 

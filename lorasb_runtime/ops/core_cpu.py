@@ -50,28 +50,19 @@ class CoreKernel:
         self._cores = cores.data_ptr(), cores.stride(0)
         self._b = b.data_ptr(), self._held[1].data_ptr()
 
-    def add(
-        self, y: torch.Tensor, x: torch.Tensor | None, slots: torch.Tensor, begin: int = 0
-    ) -> None:
+    def add(self, y: torch.Tensor, x: torch.Tensor, slots: torch.Tensor) -> None:
         """y[i] += B (R (A x[i])) in place, with R the cores in slots[i], added up in float32.
 
         slots: int64 [n], for y's and x's first n rows; those of slot 0 are left as they are.
-        y: [rows, width]. x: [rows, in], or [rows, m * r] where there is no A; None: that is y's
-        columns from `begin` on. Both with neighbouring columns and of B's dtype.
+        y: [rows, width]. x: [rows, in], or [rows, m * r] where there is no A. Both with
+        neighbouring columns and of B's dtype.
         """
         n, width = slots.shape[0], self._inputs or self._members * self._rank
-        place, stride = y.data_ptr(), y.stride(0)
-        assert y.dtype == self._dtype and y.stride(1) == 1 and n <= y.shape[0]
+        assert x.dtype == y.dtype == self._dtype and x.stride(1) == y.stride(1) == 1
+        assert n <= min(x.shape[0], y.shape[0]) and x.shape[1] == width
         assert slots.dtype == torch.int64
-        if x is None:
-            assert begin + width <= y.shape[1]
-            x_place, x_stride = place + begin * y.itemsize, stride
-        else:
-            assert x.dtype == self._dtype and x.stride(1) == 1
-            assert n <= x.shape[0] and x.shape[1] == width
-            x_place, x_stride = x.data_ptr(), x.stride(0)
         self._kernel(
-            *(place, stride, x_place, x_stride, self._inputs, self._a),
+            *(y.data_ptr(), y.stride(0), x.data_ptr(), x.stride(0), self._inputs, self._a),
             *(*self._cores, slots.data_ptr(), n),
             *(*self._b, self._members, self._rank),
         )

@@ -32,8 +32,11 @@ class AdaptedWeight(Protocol):
 
     def multiply(
         self, x: torch.Tensor, bias: torch.Tensor | None, slots: torch.Tensor
-    ) -> torch.Tensor:
-        """x @ weight.T + bias + the delta of slots[i] for row i: [..., in] -> [..., out]."""
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """x @ weight.T + bias + the delta of slots[i] for row i, and A x.
+
+        [..., in] -> [..., out], [..., m * r]; slots: int64 [n], for the first n rows.
+        """
 
 
 class PackedWeight(Protocol):
@@ -42,18 +45,18 @@ class PackedWeight(Protocol):
     def multiply(
         self, x: torch.Tensor, bias: torch.Tensor | None, outputs: int | None = None
     ) -> torch.Tensor:
-        """x @ weight.T + bias: [..., in] -> [..., out], contiguous.
-
-        outputs: only so many need to be there.
-        """
+        """x @ weight.T + bias: [..., in] -> [..., out], or the first `outputs` of it."""
 
     def unpack(self) -> torch.Tensor:
         """The weight, bit for bit."""
 
     def adapted(
-        self, parts: Sequence[torch.Tensor], begins: Sequence[int], cores: torch.Tensor, shrunk: int
+        self, parts: Sequence[torch.Tensor], begins: Sequence[int], cores: torch.Tensor
     ) -> AdaptedWeight | None:
-        """With these deltas, where one kernel computes both; arguments as of `GroupDelta`."""
+        """With these deltas, where one kernel computes both; A's are the last outputs.
+
+        Arguments as of `GroupDelta`.
+        """
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class DnnWeight:
         self, x: torch.Tensor, bias: torch.Tensor | None, outputs: int | None = None
     ) -> torch.Tensor:
         y: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, bias, "none", [], "")
-        return y
+        return y if outputs in (None, y.shape[-1]) else y[..., :outputs]
 
     def unpack(self) -> torch.Tensor:
         return self.packed.to_dense()

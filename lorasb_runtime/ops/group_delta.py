@@ -44,48 +44,39 @@ class GroupDelta:
         cores: torch.Tensor,
         *,
         a: torch.Tensor | None = None,
-        shrunk: int = 0,
         decodes: bool = True,
     ) -> None:
         """parts: B [out_i, r] of each member, whose output is y's columns begins[i].. .
 
-        They do not overlap. cores: [slots, m, r, r], a view of the slot table. a: [m * r, in]; or
-        shrunk: the column of y from which on A x stands already. decodes: False where decoding rows
-        are someone else's.
+        They do not overlap. cores: [slots, m, r, r], a view of the slot table. a: [m * r, in]; None
+        where x is A x already. decodes: False where decoding rows are someone else's.
         """
         self.a = a
         self.expands = expands_of(parts, begins)
         self._cores = cores
         self._shape = cores.shape[1:3]
-        self._shrunk = shrunk
         kernel = kernel_for(parts[0].dtype, cores.dtype, cores.device) if decodes else None
         self._kernel = None if kernel is None else CoreKernel(kernel, parts, begins, cores, a)
 
     def add(
         self,
         y: torch.Tensor,
-        x: torch.Tensor | None,
+        x: torch.Tensor,
         rows: SlotRows,
         own: Callable[[], torch.Tensor | None],
     ) -> None:
         """Add in place to rows begin..end, each with its own slot's core.
 
-        y: [end - begin, width]. x: [end - begin, in], None where A x stands in y.
+        y: [end - begin, width]. x: [end - begin, in], or [end - begin, m * r] where it is A x.
         own: gives the decoding rows' cores as `apply_cores` takes them.
         """
         if self._kernel is not None and rows.decodes:
-            self._kernel.add(y, x, rows.slots, self._shrunk)
+            self._kernel.add(y, x, rows.slots)
             if rows.decodes == y.shape[0]:
                 return
-            y = y[rows.decodes :]
-            x = None if x is None else x[rows.decodes :]
+            y, x = y[rows.decodes :], x[rows.decodes :]
             rows = rows.after_decodes()
-        if x is None:
-            h = y[:, self._shrunk :]
-        else:
-            assert self.a is not None
-            h = shrink(x, self.a)
-        h = h.unflatten(1, self._shape)
+        h = (x if self.a is None else shrink(x, self.a)).unflatten(1, self._shape)
         h = apply_cores(h, self._cores, rows, own() if rows.decodes else None).flatten(1)
         for expand in self.expands:
             expand.add(y, h)

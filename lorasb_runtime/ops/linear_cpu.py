@@ -21,7 +21,7 @@ _ARGUMENTS = [
 ]
 _ADAPTED_ARGUMENTS = [
     *_ARGUMENTS,
-    *(_INT, _POINTER, _INT, _POINTER, _INT),  # shrunk, cores, their stride, slots, adapted rows
+    *(_POINTER, _POINTER, _INT, _POINTER, _INT),  # h, cores, their stride, slots, adapted rows
     *(_POINTER, _POINTER, _INT, _INT),  # b, spans, members, r
 ]
 
@@ -32,7 +32,7 @@ class TileWeight:
     def __init__(self, kernel: Callable[..., None], weight: torch.Tensor) -> None:
         """kernel: of `linear_kernel`."""
         self._kernel = kernel
-        self.outputs, self._inputs = weight.shape
+        self._outputs, self._inputs = weight.shape
         self._packed = pack_blocks(weight)
         self._place = self._packed.data_ptr()
 
@@ -40,29 +40,28 @@ class TileWeight:
         self, x: torch.Tensor, bias: torch.Tensor | None, outputs: int | None = None
     ) -> torch.Tensor:
         """x @ weight.T + bias, added up in float32: [..., in] -> [..., out], or the first of it."""
-        return self.run(self._kernel, x, bias, outputs or self.outputs)
+        return self.run(self._kernel, x, bias, outputs or self._outputs)
 
     def unpack(self) -> torch.Tensor:
         """The weight [out, in], bit for bit."""
-        return unpack_blocks(self._packed, self.outputs, self._inputs)
+        return unpack_blocks(self._packed, self._outputs, self._inputs)
 
     def adapted(
-        self,
-        parts: Sequence[torch.Tensor],
-        begins: Sequence[int],
-        cores: torch.Tensor,
-        shrunk: int,
+        self, parts: Sequence[torch.Tensor], begins: Sequence[int], cores: torch.Tensor
     ) -> "AdaptedTiles | None":
-        """With the deltas of a group, as of `GroupDelta`; None where members share a block."""
+        """With the deltas of a group, whose A's are the last outputs; None where members share a
+        block. Arguments as of `GroupDelta`.
+        """
         kernel = cpu_function(
             "adapted_linear",
             (self._packed.dtype, cores.dtype),
             cores.device,
             _ADAPTED_ARGUMENTS,
         )
-        if kernel is None or any(column % LANES for column in (*begins, shrunk)):
+        outputs = self._outputs - cores.shape[1:3].numel()
+        if kernel is None or any(column % LANES for column in (*begins, outputs)):
             return None
-        return AdaptedTiles(kernel, self, parts, begins, cores, shrunk)
+        return AdaptedTiles(kernel, self, outputs, parts, begins, cores)
 
     def run(
         self,
@@ -79,7 +78,7 @@ class TileWeight:
             x = x.contiguous()
         place = None
         if bias is not None:
-            assert bias.dtype == dtype and bias.shape == (self.outputs,) and bias.is_contiguous()
+            assert bias.dtype == dtype and len(bias) >= outputs and bias.is_contiguous()
             place = bias.data_ptr()
         y = torch.empty((*x.shape[:-1], outputs), dtype=dtype)
         kernel(
@@ -96,13 +95,15 @@ class AdaptedTiles:
         self,
         kernel: Callable[..., None],
         weight: TileWeight,
+        outputs: int,
         parts: Sequence[torch.Tensor],
         begins: Sequence[int],
         cores: torch.Tensor,
-        shrunk: int,
     ) -> None:
+        """outputs: of the weight, the A's behind them left out."""
         self._kernel = kernel
         self._weight = weight
+        self._outputs = outputs
         members, rank = cores.shape[1:3]
         assert cores.shape[3] == rank and cores[0].is_contiguous()
         assert all(part.dtype == torch.bfloat16 for part in parts)
@@ -111,23 +112,26 @@ class AdaptedTiles:
         ends = [begin + len(part) for begin, part in zip(begins, parts, strict=True)]
         spans = torch.tensor([*zip(begins, ends, strict=True)], dtype=torch.int64)
         self._held = b, spans, cores
-        self._cores = shrunk, cores.data_ptr(), cores.stride(0)
+        self._width = members * rank
+        self._cores = cores.data_ptr(), cores.stride(0)
         self._b = b.data_ptr(), spans.data_ptr(), members, rank
 
     def multiply(
         self, x: torch.Tensor, bias: torch.Tensor | None, slots: torch.Tensor
-    ) -> torch.Tensor:
-        """W x + bias + B (R (A x)), rounded once, with R the cores in slots[i] for row i.
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """W x + bias + B (R (A x)), rounded once, with R the cores in slots[i] for row i; and A x.
 
         slots: int64 [n], for x's first n rows; those of slot 0 and all others get W x + bias.
-        [..., in] -> [..., out], of which the columns from `shrunk` on are A x.
+        [..., in] -> [..., out], [..., m * r].
         """
         count = slots.shape[0]
         assert slots.dtype == torch.int64 and count * x.shape[-1] <= x.numel()
-        return self._weight.run(
-            *(self._kernel, x, bias, self._weight.outputs),
+        h = torch.empty((*x.shape[:-1], self._width), dtype=x.dtype)
+        y = self._weight.run(
+            *(self._kernel, x, bias, self._outputs, h.data_ptr()),
             *(*self._cores, slots.data_ptr(), count, *self._b),
         )
+        return y, h
 
 
 @cache

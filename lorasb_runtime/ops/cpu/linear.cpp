@@ -49,14 +49,13 @@ struct Linear {
     const bf16* bias;  // null: none
     bf16* y;  // [rows, outputs]
 
-    // This thread's part of the outputs from `begin` to `end`, which are whole blocks but for the
-    // last; values: null for none.
-    void run(int64_t begin, int64_t end, const Values* values) const {
+    // This thread's part of the outputs; values: null for none.
+    void run(const Values* values) const {
         const int64_t threads = omp_get_num_threads(), thread = omp_get_thread_num();
-        const int64_t blocks = round_up(end - begin, LANES) / LANES;
-        const int64_t last = begin + blocks * (thread + 1) / threads * LANES;
+        const int64_t blocks = round_up(outputs, LANES) / LANES;
+        const int64_t last = blocks * (thread + 1) / threads * LANES;
         int64_t ready = 0, count = 1;
-        for (int64_t o = begin + blocks * thread / threads * LANES; o < last; o += count * LANES) {
+        for (int64_t o = blocks * thread / threads * LANES; o < last; o += count * LANES) {
             const bf16 *b = nullptr, *next = nullptr;
             const int64_t member = values ? values->member(o, b) : 0;
             count = o + LANES < last && (!values || values->member(o + LANES, next) == member) ? 2 : 1;
@@ -94,9 +93,9 @@ struct Linear {
     }
 };
 
-// The outputs from `shrunk` on are A x, of all members one after the other.
+// shrink: gives A x of all members, one after the other.
 template <class C>
-void run_adapted(const Linear& linear, int64_t shrunk, const C* cores, int64_t core_row,
+void run_adapted(const Linear& linear, const Linear& shrink, const C* cores, int64_t core_row,
                  const int64_t* slots, int64_t rows, const bf16* b, const int64_t* spans,
                  int64_t members, int64_t r) {
     const int64_t depth = round_up(r, HELD);
@@ -107,20 +106,19 @@ void run_adapted(const Linear& linear, int64_t shrunk, const C* cores, int64_t c
     };
 #pragma omp parallel
     {
-        linear.run(shrunk, linear.outputs, nullptr);
+        shrink.run(nullptr);
         std::vector<typename Core<bf16, C>::number> h(round_up(r, Core<bf16, C>::WIDTH));
         std::vector<float> out(round_up(r, LANES));
 #pragma omp barrier
 #pragma omp for schedule(static)
         for (int64_t pair = 0; pair < rows * members; pair++) {
-            const int64_t row = pair / members, m = pair % members;
-            if (!slots[row]) continue;
-            convert(linear.y + row * linear.outputs + shrunk + m * r, r, h.data());
+            if (!slots[pair / members]) continue;
+            convert(shrink.y + pair * r, r, h.data());
             times_core<bf16>(core(pair), core(std::min(pair + 1, rows * members - 1)), h.data(), r,
                              out.data());
             convert(out.data(), r, v.data() + pair * depth);
         }
-        linear.run(0, shrunk, &values);
+        linear.run(&values);
     }
 }
 
@@ -130,17 +128,20 @@ extern "C" void linear_bf16(const bf16* x, int64_t rows, int64_t inputs, const b
                             int64_t outputs, const bf16* bias, bf16* y) {
     const Linear linear{x, rows, inputs, weight, outputs, bias, y};
 #pragma omp parallel
-    linear.run(0, outputs, nullptr);
+    linear.run(nullptr);
 }
 
-// Of the first `adapted` rows; cores: the group's columns of the slot table, at slot 0.
+// Behind the weight's outputs lie those of A; h: [rows, members * r], A x. Deltas are those of the
+// first `adapted` rows; cores: the group's columns of the slot table, at slot 0.
 #define ADAPTED_LINEAR(NAME, C)                                                                    \
     extern "C" void NAME(const bf16* x, int64_t rows, int64_t inputs, const bf16* weight,          \
-                         int64_t outputs, const bf16* bias, bf16* y, int64_t shrunk,               \
-                         const C* cores, int64_t core_row, const int64_t* slots, int64_t adapted,  \
-                         const bf16* b, const int64_t* spans, int64_t members, int64_t r) {        \
-        run_adapted(Linear{x, rows, inputs, weight, outputs, bias, y}, shrunk, cores, core_row,    \
-                    slots, adapted, b, spans, members, r);                                         \
+                         int64_t outputs, const bf16* bias, bf16* y, bf16* h, const C* cores,      \
+                         int64_t core_row, const int64_t* slots, int64_t adapted, const bf16* b,   \
+                         const int64_t* spans, int64_t members, int64_t r) {                       \
+        const bf16* a = weight + outputs * inputs;                                                 \
+        run_adapted(Linear{x, rows, inputs, weight, outputs, bias, y},                             \
+                    Linear{x, rows, inputs, a, members * r, nullptr, h}, cores, core_row, slots,   \
+                    adapted, b, spans, members, r);                                                \
     }
 
 ADAPTED_LINEAR(adapted_linear_bf16_f32, float)
