@@ -8,8 +8,6 @@ import typer
 from lorasb_runtime.errors import InputError
 from lorasb_tools.report import JSON_FLAG, emit, phases
 
-BASE = "no basis"
-
 app = typer.Typer(help="Measure on this machine, side by side.", no_args_is_help=True)
 
 
@@ -38,11 +36,11 @@ def engine(
 ) -> None:
     """Decoding speed of the torch engine with many adapters, with none, and of `generate`.
 
-    Each case runs in a process of its own, in turn with the engine without any basis in another; a
-    ratio is the median over rounds of the case's speed over the engine's just before. Two models
-    are in memory at a time.
+    Each case runs in a process of its own, in turn with what it is compared with in another: the
+    engine without any basis, or with the first adapters. A ratio is the median over rounds of the
+    case's speed over the other's just before. Two models are in memory at a time.
     """
-    from lorasb_runtime.engines.torch.bench import BenchCase, bench_cases, machine
+    from lorasb_runtime.engines.torch.bench import BASE, BenchCase, bench_cases, machine
     from lorasb_runtime.engines.torch.bench_turns import CaseProcess, measure_beside
     from lorasb_runtime.models.load import parse_dtype
     from lorasb_runtime.models.locate import locate_model
@@ -52,27 +50,34 @@ def engine(
     if basis is not None and not basis.is_file():
         raise InputError(f"{basis}: no such basis file")
     base = BenchCase(locate_model(model), dtype, "engine", batch, prompt, tokens, basis=basis)
-    cases = bench_cases(base, adapters, generate=generate, resident=resident)
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in cases}
-    ratios: dict[str, list[float]] = {BASE: [1.0]}
+    groups = bench_cases(base, adapters, generate=generate, resident=resident)
+    found: dict[str, list[dict[str, float]]] = {}
+    ratios: dict[str, tuple[str, list[float]]] = {BASE: (BASE, [1.0])}
     speed = "tokens_per_second"
+    total = rounds * sum(len(cases) - 1 for cases in groups.values())
+    done = 0
     with phases() as report:
-        none = CaseProcess(cases.pop(BASE))
-        try:
-            for name, case in cases.items():
-                for beside, measured in measure_beside(none, case, rounds):
-                    found[BASE].append(beside)
-                    found[name].append(measured)
-                    ratios.setdefault(name, []).append(measured[speed] / beside[speed])
-                    report("rounds", len(found[BASE]), rounds * len(cases), name)
-        finally:
-            none.close()
+        for over, cases in groups.items():
+            reference = CaseProcess(cases.pop(over))
+            try:
+                for name, case in cases.items():
+                    for beside, measured in measure_beside(reference, case, rounds):
+                        found.setdefault(over, []).append(beside)
+                        found.setdefault(name, []).append(measured)
+                        ratio = measured[speed] / beside[speed]
+                        ratios.setdefault(name, (over, []))[1].append(ratio)
+                        done += 1
+                        report("rounds", done, total, name)
+            finally:
+                reference.close()
     where = machine()
     for name, results in found.items():
         row = {key: statistics.median(r[key] for r in results) for key in results[0]}
-        row["ratio"] = statistics.median(ratios[name])
+        over, each = ratios[name]
+        row["ratio"] = statistics.median(each)
         settings = {"batch": batch, "prompt": prompt, "tokens": tokens, "dtype": dtype or "auto"}
-        emit({"case": name, **row, **settings, **where}, _line(name, row), as_json)
+        record = {"case": name, **row, "over": over, **settings, **where}
+        emit(record, _line(name, over, row), as_json)
     if not as_json:
         typer.echo(
             f"batch {batch}, prompt {prompt}, {tokens} tokens, {dtype or 'own dtype'}, {rounds} "
@@ -81,8 +86,8 @@ def engine(
         )
 
 
-def _line(name: str, row: dict[str, float]) -> str:
-    text = f"{name:<32} {row['tokens_per_second']:>8.1f} tok/s   {row['ratio']:.3f} of no basis"
+def _line(name: str, over: str, row: dict[str, float]) -> str:
+    text = f"{name:<40} {row['tokens_per_second']:>8.1f} tok/s   {row['ratio']:.3f} of {over}"
     if "outside_forward" in row:
         text += f"   {row['outside_forward']:.1%} outside forward"
     if "memory_ratio" in row:

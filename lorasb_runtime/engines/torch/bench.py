@@ -32,6 +32,7 @@ from lorasb_runtime.ops.threads import use_all_cores
 from lorasb_runtime.storage.basis_file import Basis, load_basis
 
 CORE_SCALE = 0.01
+BASE = "no basis"
 
 
 @dataclass(frozen=True)
@@ -224,19 +225,20 @@ def _resident_bytes() -> int:
 
 def bench_cases(
     base: BenchCase, adapters: int, *, generate: bool, resident: int
-) -> dict[str, BenchCase]:
-    """What is measured side by side, the engine without any basis first."""
-    cases = {"no basis": replace(base, basis=None)}
-    if base.basis is None:
-        for rank in (16, 64):
-            name = f"{adapters} adapters, rank {rank}"
-            cases[name] = replace(base, adapters=adapters, rank=rank)
-    else:
-        cases[f"{adapters} adapters"] = replace(base, adapters=adapters)
-    cases["1000 adapters in turn"] = replace(base, adapters=1000)
+) -> dict[str, dict[str, BenchCase]]:
+    """What is measured, by name, below what it is compared with: BASE, or one of BASE's own.
+
+    Each reference is the first of its cases.
+    """
+    ranks = (16, 64) if base.basis is None else (None,)
+    none = {BASE: replace(base, basis=None)}
+    for rank in ranks:
+        name = f"{adapters} adapters" if rank is None else f"{adapters} adapters, rank {rank}"
+        none[name] = replace(base, adapters=adapters, rank=rank or base.rank)
+    few = list(none)[1]
+    many = {few: none[few], "1000 adapters in turn": replace(none[few], adapters=1000)}
     if resident:
-        name = f"{adapters} adapters, {resident} resident"
-        cases[name] = replace(base, adapters=adapters, resident=resident)
+        many[f"{few}, {resident} resident"] = replace(none[few], resident=resident)
     if generate:
-        cases["Hugging Face generate"] = replace(base, kind="generate", basis=None)
-    return cases
+        none["Hugging Face generate"] = replace(base, kind="generate", basis=None)
+    return {BASE: none, few: many}
