@@ -1,6 +1,7 @@
 """Drives the real runner and scheduler by hand, for tests that want the logits of every step."""
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import torch
 from lorasb_runtime.adapters.slots import BASE_SLOT, SlotTable
 from lorasb_runtime.config import SchedulerConfig
 from lorasb_runtime.engines.base import SamplingParams
+from lorasb_runtime.engines.torch.decode_graphs import Run
 from lorasb_runtime.engines.torch.kv_cache import KVCache
 from lorasb_runtime.engines.torch.kv_regions import KVRegions
 from lorasb_runtime.engines.torch.prepare import kv_shape, load_model
@@ -43,12 +45,14 @@ def drive(
     *,
     steps: int,
     dtype: torch.dtype = torch.float32,
+    record: Callable[[Run], Run] | None = None,
 ) -> list[Driven]:
     """Prefill in chunks of at most 40 tokens, then decode random tokens, all in one batch."""
     model = load_model(folder, dtype, CPU)
     regions = KVRegions(2048, 16, 256, 8)
     slots = SlotTable(8, basis.size, dtype, CPU, basis.scaling)
-    runner = ModelRunner(model, basis, slots, KVCache(kv_shape(model), regions, model.dtype, CPU))
+    cache = KVCache(kv_shape(model), regions, model.dtype, CPU)
+    runner = ModelRunner(model, basis, slots, cache, record)
     lease = {a.version: slots.lease(a.version, a.cores) for a in owners if a}
     sequences = [
         Sequence(str(i), 0, list(p), len(p), 99, SamplingParams(), 0) for i, p in enumerate(prompts)

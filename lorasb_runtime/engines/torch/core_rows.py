@@ -97,6 +97,16 @@ class CoreRows:
         self.slot_rows = SlotRows(slots, tuple(runs), begin, end)
         self._decodes, self._brought = decodes, False
 
+    def decode(self, slots: torch.Tensor | None) -> None:
+        """All rows decode; slots: int64 [n] on the device, which layers read when they run.
+
+        None: no row has an adapter.
+        """
+        self.rows = None if slots is None else ALL_ROWS
+        if slots is not None:
+            self.slot_rows = SlotRows(slots, (), 0, slots.shape[0])
+            self._decodes = []
+
     def own(self, group: int) -> torch.Tensor | None:
         """The decoding rows' cores [decodes, m, r, r], or None where they are not gathered.
 

@@ -11,6 +11,7 @@ import torch
 from lorasb_runtime.engines.torch.kv_cache import KVCache
 from lorasb_runtime.engines.torch.kv_regions import Region
 from lorasb_runtime.engines.torch.scheduler import Step
+from lorasb_runtime.engines.torch.sequence import Sequence
 from lorasb_runtime.ops.attention import attend_decode, attend_prefill, causal_bias, decode_bias
 from lorasb_runtime.ops.attention_cpu import attend_cached, attention_kernel
 
@@ -47,7 +48,8 @@ class DecodeGroup:
     """The decoding sequences of one size class: batch rows begin..end.
 
     rows, positions: int64 [n], where each new key goes. lengths: int64 [span], how many positions
-    each cache row lo..hi sees (1 for idle rows, whose output nobody reads).
+    each cache row lo..hi sees (1 for idle rows, whose output nobody reads); `gathered`: the rows
+    are brought together instead, and these three not used.
     """
 
     size: int
@@ -59,11 +61,12 @@ class DecodeGroup:
     width: int
     lo: int
     hi: int
+    gathered: bool
     _biases: dict[int | None, torch.Tensor] = field(default_factory=dict)
 
-    @property
-    def gathered(self) -> bool:
-        return (self.end - self.begin) < IN_PLACE_SHARE * (self.hi - self.lo)
+    def forget(self) -> None:
+        """Begin a new step: `positions` have changed."""
+        self._biases.clear()
 
     def store_and_attend(
         self, cache: KVCache, qkv: QKV, out: torch.Tensor, call: LayerCall
@@ -165,9 +168,14 @@ class KVBatch:
         return out
 
 
+def order_by_region(sequences: list[Sequence]) -> None:
+    """As the rows of a batch are."""
+    sequences.sort(key=lambda s: (s.region.size, s.region.row) if s.region else (0, 0))
+
+
 def build_kv_batch(cache: KVCache, step: Step, device: torch.device) -> KVBatch:
     """The batch of a scheduled step; orders `step.decodes` by region as the rows must be."""
-    step.decodes.sort(key=lambda s: (s.region.size, s.region.row) if s.region else (0, 0))
+    order_by_region(step.decodes)
     groups: list[DecodeGroup] = []
     for size in sorted({s.region.size for s in step.decodes if s.region}):
         begin = groups[-1].end if groups else 0
@@ -188,6 +196,7 @@ def build_kv_batch(cache: KVCache, step: Step, device: torch.device) -> KVBatch:
                 width=max(s.computed for s in members),
                 lo=lo,
                 hi=hi,
+                gathered=len(members) < IN_PLACE_SHARE * (hi - lo),
             )
         )
     spans: list[PrefillSpan] = []

@@ -45,9 +45,14 @@ class KVCache:
         self.keys = [self._empty(0, c) for c in regions.capacities]
         self.values = [self._empty(0, c) for c in regions.capacities]
         self._rows = [0] * len(regions.capacities)
+        self.layout = 0  # another number whenever tensors have been replaced
         count, self._block = kept_blocks
         kept = (count, 2, shape.kv_heads, self._block, shape.head_dim)
         self._kept = [torch.empty(kept, dtype=dtype, device=device) for _ in range(shape.layers)]
+
+    def capacity(self, size: int) -> int:
+        """Of a size class' regions, in tokens."""
+        return self._regions.capacities[size]
 
     def prepare(self, step: Step) -> None:
         """Make the copies that come before a step, in the order that `Step` names.
@@ -61,6 +66,7 @@ class KVCache:
                 self.keys[size] = self._resized(self.keys[size], rows, size)
                 self.values[size] = self._resized(self.values[size], rows, size)
                 self._rows[size] = rows
+                self.layout += 1
         for move in step.moves:
             for tensors in (self.keys, self.values):
                 pairs = zip(tensors[move.source.size], tensors[move.target.size], strict=True)

@@ -1,5 +1,6 @@
 """Owns device and model, and runs one scheduled step: tokens in, logits of the last ones out."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -7,6 +8,7 @@ from transformers import PreTrainedModel
 
 from lorasb_runtime.adapters.slots import BASE_SLOT, SlotTable
 from lorasb_runtime.engines.torch.core_rows import CoreRows, adapt_for_slots
+from lorasb_runtime.engines.torch.decode_graphs import DecodeGraphs, Run, cuda_graph
 from lorasb_runtime.engines.torch.kv_batch import build_kv_batch
 from lorasb_runtime.engines.torch.kv_cache import KVCache
 from lorasb_runtime.engines.torch.prepare import shared_inputs
@@ -33,8 +35,14 @@ class ModelRunner:
     """Runs steps on one model with one slot table and one KV cache."""
 
     def __init__(
-        self, model: PreTrainedModel, basis: Basis | None, slots: SlotTable | None, cache: KVCache
+        self,
+        model: PreTrainedModel,
+        basis: Basis | None,
+        slots: SlotTable | None,
+        cache: KVCache,
+        record: Callable[[Run], Run] | None = None,
     ) -> None:
+        """record: of `DecodeGraphs`; CUDA's own by default on such a device, none on others."""
         self.device = model.device
         self._model = model
         self._cache = cache
@@ -45,11 +53,17 @@ class ModelRunner:
             head = model.get_output_embeddings()
             self._head_adapted = any(model.get_submodule(t.module) is head for t in basis.targets)
             self._cores = adapt_for_slots(model, basis, slots, shared_inputs(model, basis))
+        if record is None and self.device.type == "cuda":
+            record = cuda_graph
+        self._graphs = record and DecodeGraphs(model, cache, self._cores, record)
 
     @torch.inference_mode()
     def run(self, step: Step) -> "StepLogits":
         """Compute the step: logits of those who get a token, and of prompts that are asked for."""
         self._cache.prepare(step)
+        recorded = self._graphs.run(step) if self._graphs else None
+        if recorded is not None:
+            return StepLogits(list(step.decodes), recorded.float(), [])
         step.prefills.sort(key=lambda chunk: chunk.sequence.slot in (None, BASE_SLOT))
         kv_batch = build_kv_batch(self._cache, step, self.device)
         ids = [s.tokens[s.computed - 1] for s in step.decodes]
