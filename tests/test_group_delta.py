@@ -18,6 +18,14 @@ from lorasb_runtime.ops.group_delta import GroupDelta, expands_of
 
 CPU = torch.device("cpu")
 SLOTS = 5
+# Flags that make the kernels those of other machines.
+OTHER_MACHINES = {
+    "kernel without tiles": WITHOUT_TILES,
+    "kernel for AVX2": ("-march=x86-64-v3",),
+    "kernel for any x86": ("-march=x86-64",),
+}
+if platform.machine() != "x86_64":
+    OTHER_MACHINES = {}
 GAP = 3  # columns of y between the members' outputs, which nobody may touch
 
 
@@ -88,13 +96,13 @@ def check(
     assert torch.equal(wide[:, columns], before[:, columns])
 
 
-@pytest.fixture(params=["kernel", "kernel without tiles", "torch"])
+@pytest.fixture(params=["kernel", *OTHER_MACHINES, "torch"])
 def form(
     request: pytest.FixtureRequest,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> str:
-    """The kernel as this machine has it; as others do, which have no AMX; torch's multiplies."""
+    """The kernel as this machine has it; as others do; torch's multiplies."""
     if request.param == "torch":
         monkeypatch.setattr(group_delta, "kernel_for", lambda *_: None)
     elif request.param == "kernel":
@@ -102,8 +110,7 @@ def form(
     else:
         folder = tmp_path_factory.getbasetemp() / "library"
         folder.mkdir(exist_ok=True)
-        flags = WITHOUT_TILES if platform.machine() == "x86_64" else ()
-        other = build_library(folder, flags)
+        other = build_library(folder, OTHER_MACHINES[request.param])
         monkeypatch.setattr(cpu_library, "cpu_library", lambda: other)
         monkeypatch.setattr(group_delta, "kernel_for", kernel_for.__wrapped__)
     return str(request.param)

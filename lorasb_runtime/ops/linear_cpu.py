@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch.nn.functional import pad
 
-from lorasb_runtime.ops.blocks_cpu import HELD, LANES, pack_blocks, unpack_blocks
+from lorasb_runtime.ops.blocks_cpu import HELD, block_outputs, pack_blocks, unpack_blocks
 from lorasb_runtime.ops.cpu_library import cpu_function
 
 _POINTER, _INT = ctypes.c_void_p, ctypes.c_int64
@@ -59,7 +59,7 @@ class TileWeight:
             _ADAPTED_ARGUMENTS,
         )
         outputs = self._outputs - cores.shape[1:3].numel()
-        if kernel is None or any(column % LANES for column in (*begins, outputs)):
+        if kernel is None or any(column % block_outputs() for column in (*begins, outputs)):
             return None
         return AdaptedTiles(kernel, self, outputs, parts, begins, cores)
 

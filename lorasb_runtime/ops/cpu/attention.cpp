@@ -80,7 +80,7 @@ template <class T> struct Attention {
         }
     }
 
-    // 16 keys' scores, or fewer and then minus infinity. The next keys and these values are asked
+    // LANES keys' scores, or fewer and then minus infinity. The next keys and these values are asked
     // for meanwhile.
     template <int64_t G>
     void score(const T* key, const T* value, int64_t count, const float* queries, int64_t wide,

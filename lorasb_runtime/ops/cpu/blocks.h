@@ -1,7 +1,7 @@
-// A matrix [outputs, inputs] in blocks of 16 outputs, and rows times one block.
+// A matrix [outputs, inputs] in blocks of LANES outputs, and rows times one block.
 //
-// float32: a block is [depth, 16]. bfloat16: [depth / 2, 16, 2], pairs of inputs, as AMX wants its
-// tiles. depth is the inputs and zeros after them; zeros fill up the last block, too. Such matrices
+// float32: a block is [depth, LANES]. bfloat16: [depth / 2, LANES, 2], pairs of inputs, as AMX wants
+// its tiles. depth is the inputs and zeros after them; zeros fill up the last block, too. Such matrices
 // are made in blocks_cpu.py.
 #pragma once
 
@@ -18,7 +18,7 @@
 #ifdef __AVX512F__
 constexpr int64_t ROWS = 16;  // which share each number of a block once it is loaded
 #else
-constexpr int64_t ROWS = 4;
+constexpr int64_t ROWS = 8;
 #endif
 
 constexpr int64_t HELD = 32;  // inputs of 16 bits that one of AMX's tiles holds
@@ -51,7 +51,7 @@ template <class T> struct Panel {
     void begin() const {}
     void end() const {}
 
-    // totals[i] = the block's 16 outputs for row i.
+    // totals[i] = the block's outputs for row i.
     void times(const T* block, int64_t count, vec* totals) const {
         int64_t i = 0;
         for (; i + ROWS <= count; i += ROWS) add_up<ROWS>(block, i, totals);

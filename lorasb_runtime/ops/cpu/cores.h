@@ -15,7 +15,7 @@ template <class T, class C> struct Core {
     typedef float number;
     static constexpr int64_t WIDTH = LANES;
 
-    // 16 rows of R times h, or `count` of them. Asks for the same of `next`.
+    // LANES rows of R times h, or `count` of them. Asks for the same of `next`.
     template <bool ALL>
     static vec multiply(const C* core, const C* next, const number* h, int64_t r, int64_t count) {
         vec totals[LANES] = {};

@@ -1,5 +1,5 @@
-// Vectors of 16 float32 and the numbers that are read into them; any compiler with GCC's vector
-// extensions cuts them to the machine's own width.
+// Vectors of float32 as wide as the machine's own, by GCC's vector extensions, and the numbers that
+// are read into them.
 #pragma once
 
 #include <cstdint>
@@ -8,7 +8,13 @@
 // So that small arrays of vectors stay in registers.
 #define UNROLL _Pragma("GCC unroll 16")
 
+#if defined __AVX512F__
 constexpr int64_t LANES = 16;
+#elif defined __AVX2__
+constexpr int64_t LANES = 8;
+#else
+constexpr int64_t LANES = 4;
+#endif
 typedef float vec __attribute__((vector_size(LANES * sizeof(float))));
 typedef uint32_t bits __attribute__((vector_size(LANES * sizeof(uint32_t))));
 typedef uint16_t halves __attribute__((vector_size(LANES * sizeof(uint16_t))));
@@ -46,7 +52,7 @@ static inline void store(bf16* to, vec v) {
     memcpy(to, &h, sizeof h);
 }
 
-// The first `count` of 16 numbers, zeros after them.
+// The first `count` of a vector's numbers, zeros after them.
 template <class T> static inline vec load_part(const T* from, int64_t count) {
     if (count >= LANES) return load(from);
     T all[LANES] = {};
@@ -62,12 +68,19 @@ template <class T> static inline void store_part(T* to, vec v, int64_t count) {
 
 // Neighbouring lanes of both added up: the sums of a's pairs, then those of b's.
 static inline vec add_pairs(vec a, vec b) {
+#if defined __AVX512F__
     return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
            __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
+#elif defined __AVX2__
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14) +
+           __builtin_shufflevector(a, b, 1, 3, 5, 7, 9, 11, 13, 15);
+#else
+    return __builtin_shufflevector(a, b, 0, 2, 4, 6) + __builtin_shufflevector(a, b, 1, 3, 5, 7);
+#endif
 }
 
-// With N = 16, lane i of the result is the sum of v[i]'s lanes; with 8, lanes 2i and 2i + 1 are those
-// of its halves, and so on. v is overwritten.
+// With N = LANES, lane i of the result is the sum of v[i]'s lanes; with half of that, lanes 2i and
+// 2i + 1 are those of its halves, and so on. v is overwritten.
 template <int64_t N> static inline vec sums(vec* v) {
     if constexpr (N > 1) {
         UNROLL for (int64_t i = 0; i < N / 2; i++) v[i] = add_pairs(v[2 * i], v[2 * i + 1]);
