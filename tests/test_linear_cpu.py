@@ -25,8 +25,8 @@ def kernel() -> Callable[..., None]:
 @settings(max_examples=60, deadline=None)
 @given(
     outputs=st.integers(1, 150),
-    inputs=st.sampled_from([32, 64, 160]),
-    rows=st.integers(0, 70),
+    inputs=st.sampled_from([32, 64, 160, 2080]),
+    rows=st.one_of(st.integers(0, 70), st.just(300)),
     bias=st.booleans(),
 )
 def test_it_is_the_multiply(

@@ -1,8 +1,8 @@
 // A matrix [outputs, inputs] in blocks of LANES outputs, and rows times one block.
 //
-// float32: a block is [depth, LANES]. bfloat16: [depth / 2, LANES, 2], pairs of inputs, as AMX wants
-// its tiles. depth is the inputs and zeros after them; zeros fill up the last block, too. Such matrices
-// are made in blocks_cpu.py.
+// float32: a block is [depth, LANES]. bfloat16: [depth / 2, LANES, 2], pairs of inputs, as AMX
+// wants its tiles. depth is the inputs and zeros after them; zeros fill up the last block, too. Such
+// matrices are made in blocks_cpu.py.
 #pragma once
 
 #include <algorithm>
@@ -87,6 +87,10 @@ namespace tiles {
 
 constexpr int64_t SIDE = 16;  // rows, and outputs of a block
 
+// The compiler does not know what memory the instructions on tiles read: all that was written before
+// is to be there.
+static inline void written(const void* last) { __asm__ volatile("" ::"r"(last) : "memory"); }
+
 // Sets this thread's tiles up for up to 32 rows, and blocks of this depth.
 static inline void set_up(int64_t rows, int64_t depth) {
     struct {
@@ -100,6 +104,7 @@ static inline void set_up(int64_t rows, int64_t depth) {
         config.bytes[i] = i == 4 || i == 5 ? held * sizeof(bf16) : SIDE * sizeof(float);
         config.rows[i] = i >= 6 ? held / 2 : i == 2 || i == 3 || i == 5 ? lower : upper;
     }
+    written(&config);
     _tile_loadconfig(&config);
 }
 
@@ -116,22 +121,39 @@ template <int R, int B> static inline void zero() {
     if (R > 1 && B > 1) _tile_zero(3);
 }
 
-// Adds the rows times blocks that lie one after the other. Asks for what is to come, two tiles ahead.
+// Totals that were stored before, as of `store`.
+template <int R, int B> static inline void load(const float* totals, int64_t width) {
+    const int64_t bytes = width * sizeof(float);
+    _tile_loadd(0, totals, bytes);
+    if (B > 1) _tile_loadd(1, totals + LANES, bytes);
+    if (R > 1) _tile_loadd(2, totals + SIDE * width, bytes);
+    if (R > 1 && B > 1) _tile_loadd(3, totals + SIDE * width + LANES, bytes);
+}
+
+// Rows, `row` numbers apart, of which HELD inputs lie together; the next are `step` numbers away.
+struct Place {
+    const bf16* rows;
+    int64_t row, step;
+};
+
+// Adds the rows times blocks of this depth, the second `apart` numbers behind the first. Asks for
+// what is to come, two tiles ahead.
 template <int R, int B>
-static inline void add(const bf16* rows, int64_t row, const bf16* block, int64_t depth) {
-    const bf16* second = block + depth * LANES;
-    for (int64_t j = 0; j < depth; j += HELD) {
+static inline void add(Place x, const bf16* block, int64_t depth, int64_t apart) {
+    const bf16 *second = block + apart, *rows = x.rows;
+    written(rows);
+    for (int64_t j = 0; j < depth; j += HELD, rows += x.step) {
         ask_for(block + (j + 2 * HELD) * LANES);
         if (B > 1) ask_for(second + (j + 2 * HELD) * LANES);
         _tile_loadd(6, block + j * LANES, LANES * sizeof(float));
-        _tile_loadd(4, rows + j, row * sizeof(bf16));
+        _tile_loadd(4, rows, x.row * sizeof(bf16));
         _tile_dpbf16ps(0, 4, 6);
         if (B > 1) {
             _tile_loadd(7, second + j * LANES, LANES * sizeof(float));
             _tile_dpbf16ps(1, 4, 7);
         }
         if (R > 1) {
-            _tile_loadd(5, rows + SIDE * row + j, row * sizeof(bf16));
+            _tile_loadd(5, rows + SIDE * x.row, x.row * sizeof(bf16));
             _tile_dpbf16ps(2, 5, 6);
             if (B > 1) _tile_dpbf16ps(3, 5, 7);
         }
@@ -168,7 +190,7 @@ template <> struct Panel<bf16> {
     void times(const bf16* block, int64_t, vec* totals) const {
         const int64_t all = depth(inputs);
         tiles::zero<1, 1>();
-        tiles::add<1, 1>(rows, all, block, all);
+        tiles::add<1, 1>({rows, all, HELD}, block, all, 0);
         tiles::store<1, 1>(reinterpret_cast<float*>(totals), LANES);
     }
 };

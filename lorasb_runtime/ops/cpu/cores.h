@@ -59,7 +59,7 @@ template <> struct Core<bf16, bf16> {
     // Two rows of R in each vector, for r = 16.
     static vec multiply_pairs(const bf16* core, const bf16* next, const bf16* h) {
         const __m256i once = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(h));
-        const __m512bh x = reinterpret_cast<__m512bh>(_mm512_broadcast_i64x4(once));
+        const __m512bh x = reinterpret_cast<__m512bh>(_mm512_maskz_broadcast_i64x4(0xff, once));
         __m512 totals[LANES / 2];
         UNROLL for (int64_t k = 0; k < LANES / 2; k++) {
             __builtin_prefetch(next + k * WIDTH);
