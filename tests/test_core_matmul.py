@@ -57,11 +57,12 @@ class FixedRows:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows", [ALL_ROWS, slice(0, 3), slice(0, 5), slice(1, 5), None])
 @pytest.mark.parametrize("adapted", [(0, 1, 2), (0, 2), (1,)])
+@pytest.mark.parametrize("middle", [96, 100])  # whole blocks of 16, or not
 def test_a_packed_group_is_its_layers_with_their_adapters(
-    adapted: tuple[int, ...], rows: slice | None, dtype: torch.dtype
+    middle: int, adapted: tuple[int, ...], rows: slice | None, dtype: torch.dtype
 ) -> None:
     torch.manual_seed(3)
-    biased = [(272, True), (96, False), (160, True)]
+    biased = [(272, True), (middle, False), (160, True)]
     layers = [nn.Linear(320, n, b).to(dtype).requires_grad_(False) for n, b in biased]
     packed = pack_weight(torch.cat([layer.weight for layer in layers]))
     if packed is None:

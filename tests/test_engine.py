@@ -15,6 +15,7 @@ from lorasb_runtime.adapters.loaded_adapter import LoadedAdapter
 from lorasb_runtime.adapters.names import parse_name
 from lorasb_runtime.config import CacheConfig, EngineConfig, SchedulerConfig
 from lorasb_runtime.engines.base import Chunk, GenerationRequest, Grammar, SamplingParams
+from lorasb_runtime.engines.torch import kv_batch
 from lorasb_runtime.engines.torch.build import load_engine
 from lorasb_runtime.engines.torch.engine import TorchEngine
 from lorasb_runtime.errors import EngineError, InputError
@@ -134,6 +135,27 @@ def test_neither_order_nor_company_changes_a_row(
         for i, chunks in zip(order, results, strict=True):
             assert tokens_of(chunks[0]) == alone[i]
     assert len({tuple(tokens) for tokens in alone}) > 6
+
+
+@pytest.mark.parametrize("attention", ["kernel", "torch"])
+def test_numbers_that_are_none_stay_in_their_sequence(
+    attention: str, engine: TorchEngine, basis: Basis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An adapter that overflows leaves NaN in the KV cache, which the next owner must not see."""
+    if attention == "torch":
+        monkeypatch.setattr(kv_batch, "attention_kernel", lambda *_: None)
+    requests = [request(list(range(40, 40 + n)), sampling=GREEDY) for n in (3, 9, 14, 70)]
+    alone = [tokens_of(asyncio.run(run(engine, r))[0]) for r in requests]
+    version = f"overflow-{attention}"
+    broken = LoadedAdapter(parse_name("broken"), version, torch.full((basis.size,), 3e38))
+
+    async def together(adapter: LoadedAdapter | None) -> list[list[int]]:
+        asked = [request(list(r.prompt), adapter) for r in requests]
+        results = await asyncio.gather(*(run(engine, r) for r in asked))
+        return [tokens_of(chunks[0]) for chunks in results]
+
+    assert asyncio.run(together(broken)) != alone
+    assert asyncio.run(together(None)) == alone
 
 
 def test_slot_zero_is_the_untouched_model(pico: Path, engine: TorchEngine) -> None:

@@ -101,14 +101,15 @@ class FixedStep:
 
 def cuda_graph(run: Run) -> Run:
     """What `run` does, recorded; it must work on the same tensors whenever it runs."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):  # allocates what must not be recorded
-        run()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        recorded = run()
+    with torch.cuda.device_of(run()):
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # allocates what must not be recorded
+            run()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            recorded = run()
 
     def replay() -> torch.Tensor:
         graph.replay()

@@ -133,10 +133,14 @@ class PrefillSpan:
         """qkv: [chunk, heads, d] and twice [chunk, kv_heads, d]. out: [chunk, heads, d]."""
         q, *new = (tensor.transpose(0, 1) for tensor in qkv)
         stop = self.start + self.end - self.begin
-        row = self.region.row
-        k, v = (t[self.region.size][call.layer][row, :, :stop] for t in (cache.keys, cache.values))
-        for tensor, added in zip((k, v), new, strict=True):
-            tensor[:, self.start :] = added
+        size, row = self.region.size, self.region.row
+        cached = [t[size][call.layer][row] for t in (cache.keys, cache.values)]
+        for tensor, added in zip(cached, new, strict=True):
+            tensor[:, self.start : stop] = added
+            if attention_kernel(out.dtype, out.device) is None:
+                # Decoding weighs by zero what lies behind, where a NaN may have been left.
+                tensor[:, stop:] = 0
+        k, v = (tensor[:, :stop] for tensor in cached)
         bias = None
         if self.start or (call.window is not None and stop > call.window):
             if call.window not in self._biases:

@@ -73,6 +73,7 @@ class KVCache:
                 for source, target in pairs:
                     moved = source[move.source.row, :, : move.tokens]
                     target[move.target.row, :, : move.tokens] = moved
+                    target[move.target.row, :, move.tokens :] = 0  # as of `PrefillSpan`
         for restore in step.restores:
             self._copy_blocks(restore, self._restore_block)
 
