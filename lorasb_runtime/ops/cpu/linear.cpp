@@ -135,23 +135,22 @@ struct Linear {
 // A linear's rows as it reads them: as they are, or, more than MOST_ROWS, packed, MOST_ROWS of them
 // at a time and HELD inputs of each together, so that tiles have no gaps.
 struct Packed {
+    const bf16* given;
     int64_t rows, inputs;
     std::unique_ptr<bf16[]> own;
-    const bf16* x;
 
-    explicit Packed(const Linear& linear) : rows(linear.rows), inputs(linear.inputs), x(linear.x) {
-        if (rows <= MOST_ROWS) return;
-        own.reset(new bf16[round_up(rows, MOST_ROWS) * inputs]);
-        x = own.get();
+    Packed(const bf16* x, int64_t rows, int64_t inputs) : given(x), rows(rows), inputs(inputs) {
+        if (rows > MOST_ROWS) own.reset(new bf16[round_up(rows, MOST_ROWS) * inputs]);
     }
+    const bf16* x() const { return own ? own.get() : given; }
 
     // All threads take part, and have it when it is done.
-    void fill(const bf16* from) const {
+    void fill() const {
         if (!own) return;
 #pragma omp for schedule(static)
         for (int64_t r = 0; r < rows; r++)
             for (int64_t j = 0; j < inputs; j += HELD)
-                std::copy_n(from + r * inputs + j, HELD,
+                std::copy_n(given + r * inputs + j, HELD,
                             own.get() + r / MOST_ROWS * MOST_ROWS * inputs + j * MOST_ROWS +
                                 r % MOST_ROWS * HELD);
     }
@@ -159,21 +158,18 @@ struct Packed {
 
 // shrink: gives A x of all members, one after the other.
 template <class C>
-void run_adapted(Linear linear, Linear shrink, const C* cores, int64_t core_row,
-                 const int64_t* slots, int64_t rows, const bf16* b, const int64_t* spans,
-                 int64_t members, int64_t r) {
+void run_adapted(const Packed& packed, const Linear& linear, const Linear& shrink, const C* cores,
+                 int64_t core_row, const int64_t* slots, int64_t rows, const bf16* b,
+                 const int64_t* spans, int64_t members, int64_t r) {
     const int64_t depth = round_up(r, HELD);
     std::vector<bf16> v(round_up(rows, MOST_ROWS) * members * depth);
     const Values values{v.data(), rows, depth, members, b, spans};
     const auto core = [&](int64_t pair) {
         return cores + slots[pair / members] * core_row + pair % members * r * r;
     };
-    const Packed packed(linear);
-    const bf16* x = linear.x;
-    linear.x = shrink.x = packed.x;
 #pragma omp parallel
     {
-        packed.fill(x);
+        packed.fill();
         shrink.run(nullptr);
         std::vector<typename Core<bf16, C>::number> h(round_up(r, Core<bf16, C>::WIDTH));
         std::vector<float> out(round_up(r, LANES));
@@ -194,12 +190,11 @@ void run_adapted(Linear linear, Linear shrink, const C* cores, int64_t core_row,
 
 extern "C" void linear_bf16(const bf16* x, int64_t rows, int64_t inputs, const bf16* weight,
                             int64_t outputs, const bf16* bias, bf16* y) {
-    Linear linear{x, rows, inputs, weight, outputs, bias, y};
-    const Packed packed(linear);
-    linear.x = packed.x;
+    const Packed packed(x, rows, inputs);
+    const Linear linear{packed.x(), rows, inputs, weight, outputs, bias, y};
 #pragma omp parallel
     {
-        packed.fill(x);
+        packed.fill();
         linear.run(nullptr);
     }
 }
@@ -211,10 +206,11 @@ extern "C" void linear_bf16(const bf16* x, int64_t rows, int64_t inputs, const b
                          int64_t outputs, const bf16* bias, bf16* y, bf16* h, const C* cores,      \
                          int64_t core_row, const int64_t* slots, int64_t adapted, const bf16* b,   \
                          const int64_t* spans, int64_t members, int64_t r) {                       \
+        const Packed packed(x, rows, inputs);                                                      \
         const bf16* a = weight + outputs * inputs;                                                 \
-        run_adapted(Linear{x, rows, inputs, weight, outputs, bias, y},                             \
-                    Linear{x, rows, inputs, a, members * r, nullptr, h}, cores, core_row, slots,   \
-                    adapted, b, spans, members, r);                                                \
+        run_adapted(packed, Linear{packed.x(), rows, inputs, weight, outputs, bias, y},            \
+                    Linear{packed.x(), rows, inputs, a, members * r, nullptr, h}, cores, core_row, \
+                    slots, adapted, b, spans, members, r);                                         \
     }
 
 ADAPTED_LINEAR(adapted_linear_bf16_f32, float)
