@@ -3,6 +3,7 @@
 import logging
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -94,3 +95,16 @@ def test_what_cannot_be_recorded_runs_as_it_is(
         assert sequence.error(reference_logits(pico, basis, owner, sequence.tokens)) < 2e-5
     (told,) = [r.getMessage() for r in caplog.records if "CUDA graphs" in r.getMessage()]
     assert reason in told
+
+
+def test_a_row_that_overflows_keeps_no_step_from_being_recorded_later(
+    pico: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    basis = random_basis(pico, rank=4, scaling=0.5)
+    broken = replace(random_adapter(basis, 0), cores=torch.full((basis.size,), 3e38))
+    recorder = Recorder()
+    with caplog.at_level(logging.WARNING):
+        spoiled, own = driven(pico, basis, [broken, None], recorder, steps=4)
+    assert spoiled.logits[1:].isnan().all() and not recorder.recorded
+    assert own.error(reference_logits(pico, basis, None, own.tokens)) < 2e-5
+    assert not [r for r in caplog.records if "CUDA graphs" in r.getMessage()]
