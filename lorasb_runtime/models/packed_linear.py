@@ -42,14 +42,13 @@ class PackedGroup:
         self._packed = packed
         self._bias = _stacked_bias(layers)
         self._whole: AdaptedWeight | None = None
-        self._delta: GroupDelta | None = None
-        self._rows: RowsOf | None = None
+        self._adapters: tuple[GroupDelta, RowsOf] | None = None
         self._x: torch.Tensor | None = None
         self._out: tuple[torch.Tensor, ...] = ()
 
     @property
     def adapted(self) -> bool:
-        return self._rows is not None
+        return self._adapters is not None
 
     def _begin(self, member: int) -> int:
         """The first column of the member's output among all members'."""
@@ -76,8 +75,7 @@ class PackedGroup:
             self._bias = torch.cat([self._bias, self._bias.new_zeros(shrunk)])
         group = [b.to(weight.dtype) for _, b in pairs], [self._begin(m) for m in members], cores
         self._whole = packed.adapted(*group)
-        self._delta = GroupDelta(*group, decodes=self._whole is None)
-        self._rows = rows
+        self._adapters = GroupDelta(*group, decodes=self._whole is None), rows
 
     def compute(self, x: torch.Tensor, member: int) -> torch.Tensor:
         """Member's part for x: [..., in] -> [..., out], a view of all members' output."""
@@ -94,10 +92,10 @@ class PackedGroup:
 
     def _multiply(self, x: torch.Tensor) -> torch.Tensor:
         """All members' output: [..., in] -> [..., width]."""
-        rows = None if self._rows is None else self._rows.rows
-        if self._rows is None or self._delta is None or rows is None:
+        if self._adapters is None or self._adapters[1].rows is None:
             return self._packed.multiply(x, self._bias, self._width)
-        batch = self._rows.slot_rows
+        delta, whose = self._adapters
+        rows, batch = whose.rows, whose.slot_rows
         if self._whole is not None:
             y, h = self._whole.multiply(x, self._bias, batch.slots)
             if batch.decodes == batch.end:
@@ -109,7 +107,7 @@ class PackedGroup:
         parts = y.flatten(0, -2), h.flatten(0, -2)
         if rows is not ALL_ROWS:
             parts = parts[0][rows], parts[1][rows]
-        self._delta.add(*parts, batch, self._rows.own)
+        delta.add(*parts, batch, whose.own)
         return y
 
 

@@ -137,8 +137,9 @@ class PrefillSpan:
         cached = [t[size][call.layer][row] for t in (cache.keys, cache.values)]
         for tensor, added in zip(cached, new, strict=True):
             tensor[:, self.start : stop] = added
-            if attention_kernel(out.dtype, out.device) is None:
-                # Decoding weighs by zero what lies behind, where a NaN may have been left.
+        if attention_kernel(out.dtype, out.device) is None:
+            # Decoding weighs by zero what lies behind, where a NaN may have been left.
+            for tensor in cached:
                 tensor[:, stop:] = 0
         k, v = (tensor[:, :stop] for tensor in cached)
         bias = None
