@@ -105,7 +105,7 @@ class AdapterLoader:
         """Check an adapter file's bytes, store them and make them current."""
         adapter = self._cores.check(name, data)
         with self._change(name):
-            version = self.store.publish(name, data)
+            version = self.store.publish(name, data, adapter.version)
             cores = self._cores.keep(adapter, data)
             return self._change_to(name, version, cores)
 

@@ -81,9 +81,12 @@ class AdapterStore:
         what = f"adapter {str(name)!r} version {version}"
         return self.files.read_start(self.path(name, version), what, nbytes)
 
-    def publish(self, name: AdapterName, data: bytes) -> str:
-        """Write the version, verify it, then make it current; returns the version."""
-        version = version_of(data)
+    def publish(self, name: AdapterName, data: bytes, version: str | None = None) -> str:
+        """Write the version, verify it, then make it current; returns the version.
+
+        version: that of `data`, where it has been computed already.
+        """
+        version = version or version_of(data)
         self.files.write(self.path(name, version), data)
         self._read(name, version, MAX_ADAPTER_BYTES, lambda found: found == data)
         self._make_current(name, version, data)

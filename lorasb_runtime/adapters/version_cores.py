@@ -128,5 +128,7 @@ class VersionCores:
         return data
 
     def _keep(self, name: AdapterName, version: str, data: bytes) -> torch.Tensor:
-        adapter = parse_adapter(data, f"adapter {str(name)!r} version {version}", self._basis)
+        """`data` has been checked against its digest."""
+        source = f"adapter {str(name)!r} version {version}"
+        adapter = parse_adapter(data, source, self._basis, version)
         return self._memory.put(version, adapter.cores)

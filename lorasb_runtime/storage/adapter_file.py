@@ -46,8 +46,13 @@ def load_adapter(path: str | Path, basis: Basis | None = None) -> Adapter:
     return parse_adapter(tensor_file.read_file(Path(path)), str(path), basis)
 
 
-def parse_adapter(data: bytes, source: str, basis: Basis | None = None) -> Adapter:
-    """An adapter from its file's bytes, checked as `load_adapter` does; `source` names it."""
+def parse_adapter(
+    data: bytes, source: str, basis: Basis | None = None, version: str | None = None
+) -> Adapter:
+    """An adapter from its file's bytes, checked as `load_adapter` does; `source` names it.
+
+    version: that of `data`, where it has been computed already.
+    """
     tensors, values = tensor_file.parse(data, source)
     meta = tensor_file.Metadata(source, values)
     meta.expect("format", FORMAT)
@@ -60,7 +65,7 @@ def parse_adapter(data: bytes, source: str, basis: Basis | None = None) -> Adapt
         name=meta.optional("name") or "",
         base_model=parse_base_model(meta),
         info=meta.json_object("info"),
-        version=version_of(data),
+        version=version or version_of(data),
     )
     _check_cores(adapter.cores, source)
     if basis is not None:
