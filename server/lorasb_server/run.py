@@ -1,6 +1,7 @@
 """Listens, loads the application in a thread, and serves it with uvicorn until told to stop."""
 
 import asyncio
+import gc
 import logging
 import multiprocessing
 import os
@@ -99,7 +100,7 @@ class _Server(uvicorn.Server):
     async def _open(self) -> None:
         """Load the application and start it."""
         try:
-            app = await _in_thread(lambda: self._load(self._lifecycle))
+            app = await _in_thread(self._load_for_good)
             await self._running.enter_async_context(app.router.lifespan_context(app))
         except (LorasbError, OSError) as error:
             self.failure = error
@@ -110,6 +111,16 @@ class _Server(uvicorn.Server):
             self._front.app = app
             logger.info("lorasb: serving on %s", self._url)
         self.should_exit = self.should_exit or self.failure is not None
+
+    def _load_for_good(self) -> FastAPI:
+        """The application; collections of garbage need not look at what it was loaded with.
+
+        There are half a million objects, and a full collection of them stops everything for 0.4 s.
+        """
+        app = self._load(self._lifecycle)
+        gc.collect()
+        gc.freeze()
+        return app
 
     def _begin_to_drain(self) -> None:
         self._tasks.append(asyncio.create_task(self._drain()))
