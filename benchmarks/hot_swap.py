@@ -1,7 +1,8 @@
 """What a swap costs: filling a slot, PUT to first token, and a full batch's throughput.
 
 The last twice: swaps that others make in the store, each seen and fetched by the server, under
-short answers; and swaps by PUT, which share the model's cores with the server's HTTP.
+short answers, as a request has to come for each; and swaps by PUT, which share the model's cores
+with the server's HTTP and its writing.
 
     python benchmarks/hot_swap.py models/SmolLM2-135M-Instruct
 
@@ -27,7 +28,7 @@ import httpx
 import torch
 from server_process import serving
 from swap_files import Versions, make_basis, make_variant
-from swap_load import PROMPTS, Load, Owner, PutClient, Window, ask, publish_elsewhere
+from swap_load import PROMPTS, Client, Load, Owner, Run, Window, publish_elsewhere
 
 from lorasb_runtime.adapters.slots import SlotTable
 from lorasb_runtime.engines.torch.bench import machine
@@ -40,15 +41,15 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--strength", type=float, default=0.5, help="of the random cores")
+    parser.add_argument("--strength", type=float, default=1.0, help="of the random cores")
     parser.add_argument("--variants", type=int, default=4, help="adapters that differ")
     parser.add_argument("--batch", type=int, default=32, help="streams at once")
-    parser.add_argument("--tokens", type=int, default=48, help="of each answer under PUTs")
-    parser.add_argument("--short", type=int, default=5, help="tokens where the store is swapped")
+    parser.add_argument("--tokens", type=int, default=32, help="of each answer under PUTs")
+    parser.add_argument("--short", type=int, default=2, help="tokens where the store is swapped")
     parser.add_argument("--swaps", type=float, default=2000, help="a minute")
-    parser.add_argument("--seconds", type=float, default=20, help="of each window")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--repeats", type=int, default=200, help="of single swaps")
+    parser.add_argument("--seconds", type=float, default=5, help="of each window")
+    parser.add_argument("--rounds", type=int, default=12, help="windows without swaps and with")
+    parser.add_argument("--repeats", type=int, default=50, help="of single swaps")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -91,55 +92,55 @@ def slot_fill(cores: list[torch.Tensor], dtype: str, times: int = 2000) -> dict[
 async def against_server(
     url: str, options: argparse.Namespace, make: Callable[[int], bytes], store: Path
 ) -> dict[str, Any]:
-    limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=url, timeout=300, limits=limits) as client:
-        known = await known_answers(client, options, make)
-        owners = [Owner(f"u{i}", PROMPTS[i % len(PROMPTS)]) for i in range(options.batch)]
-        puts = Load(client, owners, options.tokens, make, PutClient(client.base_url).put, known)
-        elsewhere = Load(
-            client, owners, options.short, make, partial(publish_elsewhere, store), known
-        )
-        for owner in owners:
-            await puts.swap(owner)
-        single = await put_to_first_token(client, puts, owners[0], options.repeats)
-        by = {}
-        # Not every swap in the store is seen: a user may ask again only after the next one.
-        for name, load, asked in (("store", elsewhere, 1.5), ("put", puts, 1.0)):
-            await load.run(2, 0)  # to warm up
-            rounds = []
-            for _ in range(options.rounds):
-                still = await load.run(options.seconds, 0)
-                rounds.append((still, await load.run(options.seconds, asked * options.swaps)))
-            by[name] = under_load(rounds)
+    client = Client(httpx.URL(url))
+    long, short = [
+        await known_answers(client, options.variants, make, tokens)
+        for tokens in (options.tokens, options.short)
+    ]
+    owners = [Owner(f"u{i}", PROMPTS[i % len(PROMPTS)]) for i in range(options.batch)]
+    puts = Load(client, owners, options.tokens, make, client.put, long)
+    elsewhere = Load(
+        client,
+        owners,
+        options.short,
+        make,
+        partial(publish_elsewhere, store),
+        short,
+        elsewhere=True,
+    )
+    for owner in owners:
+        await puts.swap(owner)
+    single = await put_to_first_token(client, puts, owners[0], options.repeats)
+    by = {}
+    for name, load in (("store", elsewhere), ("put", puts)):
+        by[name] = under_load(await load.run(options.rounds, options.seconds, options.swaps))
     return {**single, "by": by}
 
 
 async def known_answers(
-    client: httpx.AsyncClient, options: argparse.Namespace, make: Callable[[int], bytes]
+    client: Client, variants: int, make: Callable[[int], bytes], tokens: int
 ) -> dict[tuple[str, int], tuple[str, ...]]:
     """Each variant's answer to each prompt; they must tell all variants apart."""
     known: dict[tuple[str, int], tuple[str, ...]] = {}
-    for variant in range(options.variants):
-        await client.put("/v1/adapters/known", content=make(variant))
-        answers = await asyncio.gather(
-            *(ask(client, "known", prompt, options.tokens) for prompt in PROMPTS)
-        )
+    for variant in range(variants):
+        await client.put("known", make(variant))
+        answers = await asyncio.gather(*(client.ask("known", prompt, tokens) for prompt in PROMPTS))
         known |= {(p, variant): a.pieces for p, a in zip(PROMPTS, answers, strict=True)}
-    if len({(p, answer[: options.short]) for (p, _), answer in known.items()}) != len(known):
+    if len({(p, answer) for (p, _), answer in known.items()}) != len(known):
         raise SystemExit("two variants give the same answer: raise --strength or --short")
     return known
 
 
 async def put_to_first_token(
-    client: httpx.AsyncClient, load: Load, owner: Owner, repeats: int
+    client: Client, load: Load, owner: Owner, repeats: int
 ) -> dict[str, Any]:
     """Seconds on an idle server: with a swap before the request, and without one, in turn."""
     swapped, puts, resident = [], [], []
     for _ in range(repeats):
         began = time.monotonic()
         puts.append(await load.swap(owner))
-        swapped.append((await ask(client, owner.name, owner.prompt, FIRST_TOKENS)).first - began)
-        again = await ask(client, owner.name, owner.prompt, FIRST_TOKENS)
+        swapped.append((await client.ask(owner.name, owner.prompt, FIRST_TOKENS)).first - began)
+        again = await client.ask(owner.name, owner.prompt, FIRST_TOKENS)
         resident.append(again.first - again.sent)
     return {
         "put": spread(puts),
@@ -149,22 +150,29 @@ async def put_to_first_token(
     }
 
 
-def under_load(rounds: list[tuple[Window, Window]]) -> dict[str, Any]:
-    ratios = [with_.tokens_per_second / still.tokens_per_second for still, with_ in rounds]
-    swaps = [seconds for _, with_ in rounds for seconds in with_.swap_seconds]
-    windows = [window for pair in rounds for window in pair]
+def under_load(run: Run) -> dict[str, Any]:
+    still, swapped = rate(run.still), rate(run.swapped)
+    pairs = zip(run.still, run.swapped, strict=True)
     return {
-        "tokens_per_second_without_swaps": [still.tokens_per_second for still, _ in rounds],
-        "tokens_per_second_with_swaps": [with_.tokens_per_second for _, with_ in rounds],
-        "throughput_lost": 1 - statistics.median(ratios),
-        "throughput_lost_by_round": [1 - ratio for ratio in ratios],
-        "swaps_per_minute": statistics.median(with_.swaps_per_minute for _, with_ in rounds),
-        "swap": spread(swaps),
-        "answers": sum(window.answers for window in windows),
-        "wrong_answers": sum(window.wrong_answers for window in windows),
-        "wrong_tokens": sum(window.wrong_tokens for window in windows),
-        "wrong_tokens_without_swaps": sum(still.wrong_tokens for still, _ in rounds),
+        "tokens_per_second_without_swaps": still,
+        "tokens_per_second_with_swaps": swapped,
+        "throughput_lost": 1 - swapped / still,
+        "throughput_lost_by_round": [1 - rate([b]) / rate([a]) for a, b in pairs],
+        "swaps_per_minute": 60 * sum(w.swaps for w in run.swapped) / seconds(run.swapped),
+        "swap": spread([took for window in run.swapped for took in window.swap_seconds]),
+        "answers": run.answers,
+        "wrong_answers": run.wrong_answers,
+        "wrong_tokens": run.wrong_tokens,
     }
+
+
+def rate(windows: list[Window]) -> float:
+    """Tokens per second, over all the windows."""
+    return sum(window.tokens for window in windows) / seconds(windows)
+
+
+def seconds(windows: list[Window]) -> float:
+    return sum(window.seconds for window in windows)
 
 
 def spread(seconds: list[float]) -> dict[str, float]:
@@ -191,18 +199,14 @@ def line(text: str, seconds: dict[str, float]) -> str:
 
 
 def load_lines(name: str, by: dict[str, Any]) -> list[str]:
-    without, with_ = (
-        statistics.median(by[f"tokens_per_second_{which}_swaps"]) for which in ("without", "with")
-    )
     by_round = ", ".join(f"{lost:.1%}" for lost in by["throughput_lost_by_round"])
     return [
         line(f"a swap by {name} under load", by["swap"]),
-        f"swaps by {name}: {without:.1f} tok/s without them, {with_:.1f} with "
-        f"{by['swaps_per_minute']:.0f} a minute: {by['throughput_lost']:.1%} lost "
-        f"(by round: {by_round})",
+        f"swaps by {name}: {by['tokens_per_second_without_swaps']:.1f} tok/s without them, "
+        f"{by['tokens_per_second_with_swaps']:.1f} with {by['swaps_per_minute']:.0f} a minute: "
+        f"{by['throughput_lost']:.1%} lost (by round: {by_round})",
         f"{by['answers']} answers checked: {by['wrong_answers']} wrong, with "
-        f"{by['wrong_tokens']} wrong tokens ({by['wrong_tokens_without_swaps']} of them "
-        "without swaps)",
+        f"{by['wrong_tokens']} wrong tokens",
     ]
 
 

@@ -5,39 +5,47 @@ A swap is a PUT through the server, or a publishing that another machine makes i
 
 import asyncio
 import hashlib
+import itertools
 import json
 import os
 import time
-from collections.abc import Awaitable, Callable
+from bisect import bisect_right
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import httpx
 
-PROMPTS = (
-    "The sea at night is",
-    "Dear diary, today I",
-    "The old man looked at the letter and",
-    "Once upon a time, there was a little",
-)
+# Two tokens each: a swap in the store needs a request that sees it, so these must be cheap.
+PROMPTS = ("The sea", "Dear diary", "Once upon", "Old men")
 
 
 @dataclass(frozen=True)
 class Answer:
-    """pieces: the text of each chunk, which is a token as a rule; when it was sent and began."""
+    """pieces: the text of each chunk, which is a token as a rule; times: when each arrived."""
 
     pieces: tuple[str, ...]
+    times: tuple[float, ...]
     sent: float
-    first: float
+
+    @property
+    def first(self) -> float:
+        return self.times[0]
 
 
 @dataclass
 class Owner:
-    """A user's adapter name and every swap of it: (begun, ended, variant)."""
+    """A user's adapter name and every swap of it: (begun, ended, variant).
+
+    asked, published: when it last sent a request, and when a version was last published for it.
+    """
 
     name: str
     prompt: str
     swaps: list[tuple[float, float, int]] = field(default_factory=list)
+    asked: float = 0.0
+    published: float = -1.0
 
     def possible(self, answer: Answer) -> set[int]:
         """The variants that may have been current when the answer's request was taken in."""
@@ -46,95 +54,132 @@ class Owner:
         return {variant for *_, variant in (*before[-1:], *during)}
 
 
-@dataclass
+@dataclass(frozen=True)
 class Window:
-    """What happened in one stretch of time. swaps_per_minute: by the server's own count."""
+    """What happened in one stretch of time. swaps: by the server's own count, while it lasted."""
 
-    tokens_per_second: float
-    swaps_per_minute: float
+    seconds: float
+    tokens: int
+    swaps: float
+    swap_seconds: list[float]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Windows without swaps and with them, in turn, and all answers that were given in them."""
+
+    still: list[Window]
+    swapped: list[Window]
     answers: int
     wrong_answers: int
     wrong_tokens: int
-    swap_seconds: list[float]
 
 
 class Load:
     """`owners` stream answers of `tokens` without a pause; `make(variant)` is a fresh version's
-    file, which `swap(name, file)` makes current.
+    file, which `publish(name, file)` makes current.
 
-    known[prompt, variant]: the pieces that a variant's greedy answer has.
+    known[prompt, variant]: the pieces that a variant's greedy answer has. elsewhere: publishing is
+    not the server's work. Then it goes on in all windows, in those without swaps for names that
+    nobody asks for; and an owner gets a version only after it has asked for the last one, as one
+    that was never asked for is no swap.
     """
 
     def __init__(
         self,
-        client: httpx.AsyncClient,
+        client: "Client",
         owners: list[Owner],
         tokens: int,
         make: Callable[[int], bytes],
-        swap: Callable[[str, bytes], Awaitable[None]],
+        publish: Callable[[str, bytes], Awaitable[None]],
         known: dict[tuple[str, int], tuple[str, ...]],
+        *,
+        elsewhere: bool = False,
     ) -> None:
         self._client = client
         self._owners = owners
         self._tokens = tokens
         self._make = make
-        self._swap = swap
+        self._publish = publish
         self._known = known
+        self._elsewhere = elsewhere
         self._variants = sorted({variant for _, variant in known})
 
-    async def run(self, seconds: float, swaps_per_minute: float) -> Window:
-        """One window, counted after all streams have begun; answers then run to their end."""
+    async def run(self, pairs: int, seconds: float, swaps_per_minute: float) -> Run:
+        """So many windows without swaps and as many with them, in turn, under the same streams.
+
+        They begin when all streams have begun; answers run to their end.
+        """
         stop, begun = asyncio.Event(), asyncio.Event()
         answers: list[tuple[Owner, Answer]] = []
         started: set[str] = set()
 
         async def stream(owner: Owner) -> None:
             while not stop.is_set():
-                answer = await ask(self._client, owner.name, owner.prompt, self._tokens)
+                owner.asked = time.monotonic()
+                answer = await self._client.ask(owner.name, owner.prompt, self._tokens)
                 answers.append((owner, answer))
                 started.add(owner.name)
                 if len(started) == len(self._owners):
                     begun.set()
 
+        spans = []
         async with asyncio.TaskGroup() as group:
             for owner in self._owners:
                 group.create_task(stream(owner))
             await begun.wait()
-            swapping = group.create_task(self._swap_all(swaps_per_minute, stop))
-            before, at = await self._counts(), time.monotonic()
-            await asyncio.sleep(seconds)
-            after, at = await self._counts(), time.monotonic() - at
+            for _ in range(pairs):
+                spans.append(await self._span(seconds, swaps_per_minute, swapping=False))
+                spans.append(await self._span(seconds, swaps_per_minute, swapping=True))
             stop.set()
-        tokens, swaps = (b - a for a, b in zip(before, after, strict=True))
+        arrived = sorted(at for _, answer in answers for at in answer.times)
+        windows = [_window(arrived, *span) for span in spans]
         wrong = [self._wrong_tokens(owner, answer) for owner, answer in answers]
-        return Window(
-            tokens_per_second=tokens / at,
-            swaps_per_minute=60 * swaps / at,
-            answers=len(answers),
-            wrong_answers=sum(n > 0 for n in wrong),
-            wrong_tokens=sum(wrong),
-            swap_seconds=swapping.result(),
-        )
+        return Run(windows[::2], windows[1::2], len(answers), sum(n > 0 for n in wrong), sum(wrong))
 
-    async def _swap_all(self, per_minute: float, stop: asyncio.Event) -> list[float]:
-        """Swap at the given rate, owners in turn, each owner's swaps one after the other."""
+    async def _span(
+        self, seconds: float, per_minute: float, *, swapping: bool
+    ) -> tuple[float, float, float, list[float]]:
+        """When it began and ended, the swaps in it, and what each took; none goes on after it."""
+        stop = asyncio.Event()
+        before, began = await self._client.swaps(), time.monotonic()
+        publishing = None
+        if swapping or self._elsewhere:
+            change = self.swap if swapping else self._publish_unasked
+            publishing = asyncio.create_task(self._change_all(change, per_minute, stop))
+        await asyncio.sleep(seconds)
+        stop.set()
+        took = await publishing if publishing else []
+        ended = time.monotonic()
+        return began, ended, await self._client.swaps() - before, took
+
+    async def _change_all(
+        self, change: Callable[[Owner], Awaitable[float]], per_minute: float, stop: asyncio.Event
+    ) -> list[float]:
+        """Change owners in turn at the given rate, each owner's changes one after the other."""
         took: list[float] = []
         locks = {owner.name: asyncio.Lock() for owner in self._owners}
+        turns = itertools.cycle(self._owners)
 
-        async def swap(owner: Owner) -> None:
+        async def one(owner: Owner) -> None:
             async with locks[owner.name]:
-                took.append(await self.swap(owner))
+                took.append(await change(owner))
 
-        if not per_minute:
-            return took
         began, count = time.monotonic(), 0
         async with asyncio.TaskGroup() as group:
             while not stop.is_set():
-                group.create_task(swap(self._owners[count % len(self._owners)]))
+                each = itertools.islice(turns, len(self._owners))
+                owner = next((o for o in each if self._is_due(o)), None)
+                if owner is not None:
+                    owner.published = time.monotonic()
+                    group.create_task(one(owner))
                 count += 1
                 due = began + count * 60 / per_minute
                 await asyncio.sleep(max(0.0, due - time.monotonic()))
         return took
+
+    def _is_due(self, owner: Owner) -> bool:
+        return not self._elsewhere or owner.asked > owner.published
 
     async def swap(self, owner: Owner) -> float:
         """Swap to the owner's next variant, as a version never seen before; seconds it took."""
@@ -142,28 +187,27 @@ class Load:
         variant = self._variants[(last + 1) % len(self._variants)]
         data = self._make(variant)
         sent = time.monotonic()
-        await self._swap(owner.name, data)
+        await self._publish(owner.name, data)
         answered = time.monotonic()
         owner.swaps.append((sent, answered, variant))
         return answered - sent
 
-    async def _counts(self) -> tuple[float, float]:
-        """The server's own counts of generated tokens and of swaps."""
-        lines = (await self._client.get("/metrics")).text.splitlines()
-        values = dict(line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
-        names = ("lorasb_generation_tokens_total", "lorasb_loader_swaps_total")
-        return float(values[names[0]]), float(values[names[1]])
+    async def _publish_unasked(self, owner: Owner) -> float:
+        """As much work for whoever publishes as a swap, and none for the server; seconds."""
+        sent = time.monotonic()
+        await self._publish(f"{owner.name}-unasked", self._make(self._variants[0]))
+        return time.monotonic() - sent
 
     def _wrong_tokens(self, owner: Owner, answer: Answer) -> int:
         """Pieces that differ from the answer of the version that it ran on."""
         return min(
-            _differing(self._known[owner.prompt, variant][: self._tokens], answer.pieces)
+            _differing(self._known[owner.prompt, variant], answer.pieces)
             for variant in owner.possible(answer)
         )
 
 
-class PutClient:
-    """PUTs over connections that stay open, at a tenth of a full client's processor time.
+class Client:
+    """HTTP over connections that stay open, at a small part of a full client's processor time.
 
     The load shares its cores with the server, and what it takes for itself would be counted as
     the swaps' price.
@@ -174,25 +218,65 @@ class PutClient:
         self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
 
     async def put(self, name: str, data: bytes) -> None:
-        """Raises RuntimeError for any answer but 200."""
+        """Publish an adapter's file. Raises RuntimeError for any answer but 200."""
+        async with self._answer("PUT", f"/v1/adapters/{name}", data) as (reader, headers):
+            await reader.readexactly(int(headers["content-length"]))
+
+    async def ask(self, model: str, prompt: str, tokens: int) -> Answer:
+        """A greedy streamed completion of exactly so many tokens."""
+        body = {
+            "model": model,
+            "prompt": prompt,
+            "max_tokens": tokens,
+            "temperature": 0,
+            "stream": True,
+            "ignore_eos": True,
+            "skip_special_tokens": False,
+        }
+        pieces, times = [], []
+        sent = time.monotonic()
+        data = json.dumps(body).encode()
+        async with self._answer("POST", "/v1/completions", data) as (reader, _):
+            # Between the events' lines are those that tell the chunks' sizes, the last one's 0.
+            while (line := await reader.readline()) != b"data: [DONE]\n":
+                if line.startswith(b"data: {"):
+                    times.append(time.monotonic())
+                    pieces.append(json.loads(line[6:])["choices"][0]["text"])
+            await reader.readuntil(b"\r\n0\r\n\r\n")
+        return Answer(tuple(pieces), tuple(times), sent)
+
+    async def swaps(self) -> float:
+        """The server's own count of swaps."""
+        async with self._answer("GET", "/metrics", b"") as (reader, headers):
+            text = (await reader.readexactly(int(headers["content-length"]))).decode()
+        values = dict(line.rsplit(" ", 1) for line in text.splitlines() if line[0] != "#")
+        return float(values["lorasb_loader_swaps_total"])
+
+    @asynccontextmanager
+    async def _answer(
+        self, method: str, path: str, data: bytes
+    ) -> AsyncIterator[tuple[asyncio.StreamReader, dict[str, str]]]:
+        """What reads the answer's body, and its headers; the body has to be read to its end."""
         while self._idle and self._idle[-1][0].at_eof():  # closed by the server meanwhile
             self._idle.pop()[1].close()
         if not self._idle:
             self._idle.append(await asyncio.open_connection(self._host, self._port))
         reader, writer = self._idle.pop()
-        head = f"PUT /v1/adapters/{name} HTTP/1.1\r\nHost: {self._host}\r\n"
-        writer.write(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
-        status, *headers = (await reader.readuntil(b"\r\n\r\n")).decode().lower().split("\r\n")
-        sizes = [int(line[15:]) for line in headers if line.startswith("content-length:")]
-        body = await reader.readexactly(sizes[0])
+        head = f"{method} {path} HTTP/1.1\r\nHost: {self._host}\r\nContent-Length: {len(data)}"
+        writer.write(f"{head}\r\nContent-Type: application/json\r\n\r\n".encode() + data)
+        status, *lines = (await reader.readuntil(b"\r\n\r\n")).decode().strip().split("\r\n")
+        headers = {name.lower(): value for name, value in (line.split(": ", 1) for line in lines)}
         if " 200 " not in status:
-            raise RuntimeError(f"{status}: {body.decode()}")
+            body = await reader.readexactly(int(headers["content-length"]))
+            raise RuntimeError(f"{method} {path}: {status}: {body.decode()}")
+        yield reader, headers
         self._idle.append((reader, writer))
 
 
 async def publish_elsewhere(store: Path, name: str, data: bytes) -> None:
     """What a publishing on another machine is to this one: two files that appear in the store."""
     folder = store / "default" / name
+    folder.mkdir(exist_ok=True)
     version = hashlib.sha256(data).hexdigest()
     (folder / f"{version}.safetensors").write_bytes(data)
     aside = folder / ".current.tmp"
@@ -200,26 +284,12 @@ async def publish_elsewhere(store: Path, name: str, data: bytes) -> None:
     os.replace(aside, folder / "current")
 
 
-async def ask(client: httpx.AsyncClient, model: str, prompt: str, tokens: int) -> Answer:
-    """A greedy streamed completion of exactly so many tokens."""
-    body: dict[str, object] = {
-        "model": model,
-        "prompt": prompt,
-        "max_tokens": tokens,
-        "temperature": 0,
-    }
-    pieces = []
-    sent = time.monotonic()
-    first = 0.0
-    body |= {"stream": True, "ignore_eos": True, "skip_special_tokens": False}
-    async with client.stream("POST", "/v1/completions", json=body) as response:
-        if response.status_code != 200:
-            raise RuntimeError(f"{response.status_code}: {(await response.aread()).decode()}")
-        async for line in response.aiter_lines():
-            if line.startswith("data: {"):
-                first = first or time.monotonic()
-                pieces.append(json.loads(line[6:])["choices"][0]["text"])
-    return Answer(tuple(pieces), sent, first)
+def _window(
+    arrived: list[float], began: float, ended: float, swaps: float, took: list[float]
+) -> Window:
+    """The tokens of whole steps, which arrive together: between two arrivals, not two moments."""
+    first, last = bisect_right(arrived, began) - 1, bisect_right(arrived, ended) - 1
+    return Window(arrived[last] - arrived[first], last - first, swaps, took)
 
 
 def _differing(known: tuple[str, ...], found: tuple[str, ...]) -> int:
