@@ -318,7 +318,10 @@ def test_an_interruption_leaves_the_last_checkpoint(
         while not output.exists() and time.monotonic() < deadline:
             time.sleep(0.05)
         process.send_signal(how)
-        _, errors = process.communicate(timeout=30)
+        try:
+            _, errors = process.communicate(timeout=30)
+        finally:
+            process.kill()  # one that goes on would be waited for without end
     adapter = load_adapter(output, load_basis(basis_file))
     assert not adapter.info["complete"] and adapter.info["steps"] > 0
     if how is signal.SIGINT:
