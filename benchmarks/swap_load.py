@@ -18,6 +18,7 @@ from pathlib import Path
 import httpx
 
 ANSWER_SECONDS = 300
+IDLE_SECONDS = 2  # the server closes a connection that has been idle for 5
 # Two tokens each: a swap in the store needs a request that sees it, so these must be cheap.
 PROMPTS = ("The sea", "Dear diary", "Once upon", "Old men")
 
@@ -85,7 +86,7 @@ class Client:
 
     def __init__(self, url: httpx.URL) -> None:
         self._host, self._port = url.host, url.port
-        self._idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
+        self._idle: list[tuple[float, asyncio.StreamReader, asyncio.StreamWriter]] = []
 
     async def put(self, name: str, data: bytes) -> None:
         """Publish an adapter's file. Raises RuntimeError for any answer but 200."""
@@ -130,11 +131,13 @@ class Client:
 
         Raises TimeoutError for an answer that does not end in ANSWER_SECONDS.
         """
-        while self._idle and self._idle[-1][0].at_eof():  # closed by the server meanwhile
-            self._idle.pop()[1].close()
-        if not self._idle:
-            self._idle.append(await asyncio.open_connection(self._host, self._port))
-        reader, writer = self._idle.pop()
+        now = time.monotonic()
+        while self._idle and self._idle[0][0] < now - IDLE_SECONDS:
+            self._idle.pop(0)[2].close()
+        if self._idle:
+            _, reader, writer = self._idle.pop()
+        else:
+            reader, writer = await asyncio.open_connection(self._host, self._port)
         async with asyncio.timeout(ANSWER_SECONDS):
             head = f"{method} {path} HTTP/1.1\r\nHost: {self._host}\r\nContent-Length: {len(data)}"
             writer.write(f"{head}\r\nContent-Type: application/json\r\n\r\n".encode() + data)
@@ -146,7 +149,7 @@ class Client:
                 body = await reader.readexactly(int(headers["content-length"]))
                 raise RuntimeError(f"{method} {path}: {status}: {body.decode()}")
             yield reader, headers
-        self._idle.append((reader, writer))
+        self._idle.append((time.monotonic(), reader, writer))
 
 
 class Load:
