@@ -60,47 +60,56 @@ def test_the_kernel_stores_and_attends_in_place(
     softcap: float | None,
     dtype: torch.dtype,
 ) -> None:
-    """Sequences of many lengths in rows of any order; what is no one's stays as it is."""
+    """Sequences of many lengths, one new token each or some; what is no one's stays as it is."""
     kernel = attention_kernel(dtype, torch.device("cpu"))
     assert kernel is not None
     torch.manual_seed(d)
-    capacity, rows = 70, [4, 0, 7, 2, 5]
-    positions = [0, 15, 16, 38, 69]
+    capacity, tokens = 70, 19
+    # Row of the batch, how many tokens, row of the cache, position; one row of the batch unused.
+    spans = [
+        (0, 1, 4, 0),
+        (1, 1, 0, 15),
+        (10, 6, 7, 12),
+        (2, 7, 2, 0),
+        (16, 1, 3, 38),
+        (17, 2, 5, 68),
+    ]
     keys, values = torch.full((2, 9, kv_heads, capacity, d), torch.nan, dtype=dtype)
-    for row, at in zip(rows, positions, strict=True):
+    for _, _, row, at in spans:
         keys[row, :, :at], values[row, :, :at] = torch.randn(2, kv_heads, at, d).to(dtype)
-    before = keys.clone(), values.clone()
-    packed = torch.randn(len(rows), (heads + 2 * kv_heads) * d + 3).to(dtype)[:, :-3]
+    expected_cache = keys.clone(), values.clone()
+    packed = torch.randn(tokens, (heads + 2 * kv_heads) * d + 3).to(dtype)[:, :-3]
     q, k, v = (
         part.unflatten(1, (-1, d))
         for part in packed.split([heads * d, kv_heads * d, kv_heads * d], dim=1)
     )
-    out = torch.zeros(len(rows), heads, d, dtype=dtype)
+    out = torch.zeros(tokens, heads, d, dtype=dtype)
     attend_cached(
         kernel,
         (q, k, v),
         out,
         (keys, values),
-        torch.tensor(rows),
-        torch.tensor(positions),
+        torch.tensor(spans).t().contiguous(),
         scaling=d**-0.5,
         window=window,
         softcap=softcap,
     )
-    for i, (row, at) in enumerate(zip(rows, positions, strict=True)):
-        for old, new in zip(before, (k, v), strict=True):
-            old[row, :, at] = new[i]
-        seen = slice(max(0, at + 1 - (window or at + 1)), at + 1)
-        for head in range(heads):
-            shared = head * kv_heads // heads
-            own, theirs = (t[row, shared, seen].double() for t in before)
-            scores = own @ q[i, head].double() / d**0.5
-            if softcap is not None:
-                scores = softcap * torch.tanh(scores / softcap)
-            expected = torch.softmax(scores, dim=0) @ theirs
-            assert (out[i, head].double() - expected).abs().max() < ERRORS[dtype]
-    for found, old in zip((keys, values), before, strict=True):
-        assert torch.equal(found.nan_to_num(7), old.nan_to_num(7))
+    assert not out[9].any()
+    for first, count, row, at in spans:
+        for old, new in zip(expected_cache, (k, v), strict=True):
+            old[row, :, at : at + count] = new[first : first + count].transpose(0, 1)
+        for i, end in zip(range(first, first + count), range(at + 1, at + count + 1), strict=True):
+            seen = slice(max(0, end - (window or end)), end)
+            for head in range(heads):
+                shared = head * kv_heads // heads
+                own, theirs = (t[row, shared, seen].double() for t in expected_cache)
+                scores = own @ q[i, head].double() / d**0.5
+                if softcap is not None:
+                    scores = softcap * torch.tanh(scores / softcap)
+                expected = torch.softmax(scores, dim=0) @ theirs
+                assert (out[i, head].double() - expected).abs().max() < ERRORS[dtype]
+    for found, expected in zip((keys, values), expected_cache, strict=True):
+        assert torch.equal(found.nan_to_num(7), expected.nan_to_num(7))
 
 
 def test_the_kernel_keeps_a_nan_in_its_sequence() -> None:
@@ -109,6 +118,6 @@ def test_the_kernel_keeps_a_nan_in_its_sequence() -> None:
     keys, values = torch.randn(2, 2, 1, 40, 16)
     keys[1, 0, 20] = torch.nan
     q, k, v, out = torch.randn(4, 2, 1, 16)
-    places = torch.tensor([0, 1]), torch.tensor([39, 39])
-    attend_cached(kernel, (q, k, v), out, (keys, values), *places, scaling=0.25)
+    spans = torch.tensor([[0, 1], [1, 1], [0, 1], [39, 39]])
+    attend_cached(kernel, (q, k, v), out, (keys, values), spans, scaling=0.25)
     assert out[0].isfinite().all() and out[1].isnan().all()

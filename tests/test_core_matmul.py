@@ -146,14 +146,15 @@ STEP = st.tuples(
 
 
 @settings(max_examples=60, deadline=None)
-@given(steps=st.lists(STEP, min_size=1, max_size=6))
+@given(steps=st.lists(STEP, min_size=1, max_size=6), gathered=st.booleans())
 def test_gathered_cores_follow_the_slots(
-    steps: list[tuple[list[int], list[tuple[int, int]], int]],
+    steps: list[tuple[list[int], list[tuple[int, int]], int]], gathered: bool
 ) -> None:
     """Whatever runs and whoever is swapped, each row is multiplied by what is in its slot now."""
     sizes = [(2, 3), (1, 4)]
     table = SlotTable(5, sum(m * r * r for m, r in sizes), torch.float32, CPU)
     batch = CoreRows(table, sizes, torch.float32)
+    batch.gathered = gathered
     for decodes, chunks, swapped in steps:
         table.cores[swapped].normal_()
         table.fills[swapped] += 1

@@ -15,7 +15,7 @@ from lorasb_runtime.adapters.loaded_adapter import LoadedAdapter
 from lorasb_runtime.adapters.names import parse_name
 from lorasb_runtime.config import CacheConfig, EngineConfig, SchedulerConfig
 from lorasb_runtime.engines.base import Chunk, GenerationRequest, Grammar, SamplingParams
-from lorasb_runtime.engines.torch import kv_batch
+from lorasb_runtime.engines.torch import core_rows, kv_batch
 from lorasb_runtime.engines.torch.build import load_engine
 from lorasb_runtime.engines.torch.engine import TorchEngine
 from lorasb_runtime.errors import EngineError, InputError
@@ -92,14 +92,24 @@ def wait_idle(engine: TorchEngine) -> None:
     assert (stats.running, stats.waiting) == (0, 0)
 
 
+@pytest.mark.parametrize("short", [0, 8, 64])
 @pytest.mark.parametrize(
     ("kind", "dtype"),
     [("pico", torch.float32), ("pico", torch.bfloat16), ("pico_gpt2", torch.float32)],
 )
 def test_each_row_of_a_mixed_batch_has_the_logits_of_its_own_weights(
-    kind: str, dtype: torch.dtype, request: pytest.FixtureRequest
+    kind: str,
+    dtype: torch.dtype,
+    short: int,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Prefill in chunks, then decode, four models in one batch, against float64 on the side."""
+    """Prefill in chunks, then decode, four models in one batch, against float64 on the side.
+
+    The kernels take no chunk, or some, or each.
+    """
+    monkeypatch.setattr(core_rows, "SHORT_RUN", short)
+    monkeypatch.setattr(kv_batch, "MOST_KERNEL_PAIRS", short * short)
     pico = request.getfixturevalue(kind)
     basis = random_basis(pico, rank=4, scaling=0.5)
     adapters = [random_adapter(basis, i) for i in range(3)]
@@ -120,7 +130,7 @@ def test_neither_order_nor_company_changes_a_row(
     choices = [None, *(loaded(basis, a) for a in adapters)]
     rng = random.Random(5)
     requests = [
-        request([rng.randrange(3, 250) for _ in range(rng.randint(1, 70))], rng.choice(choices))
+        request([rng.randrange(3, 250) for _ in range(rng.randint(1, 200))], rng.choice(choices))
         for _ in range(12)
     ]
     alone = [tokens_of(asyncio.run(run(engine, r))[0]) for r in requests]

@@ -1,6 +1,7 @@
-"""Decode attention over the KV cache as one CPU kernel, which reads keys and values in place.
+"""Attention over the KV cache as one CPU kernel, which reads keys and values in place.
 
-The torch reference is `attention.attend_decode`, after the new keys and values are stored.
+For sequences with one or few new tokens each. The torch reference is `attention.attend_decode`, or
+`attend_prefill`, after the new keys and values are stored.
 """
 
 import ctypes
@@ -15,7 +16,7 @@ _POINTER, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _ARGUMENTS = [
     *(_POINTER, _INT, _INT) * 4,  # q, k, v, out, each with the strides of rows and heads
     *(_POINTER, _POINTER, _INT, _INT),  # keys, values, their strides of rows and heads
-    *(_POINTER, _POINTER, _INT),  # rows, positions, how many
+    *(_POINTER, _INT),  # spans, how many
     *(_INT, _INT, _INT, _INT, _FLOAT, _FLOAT),  # heads, kv_heads, d, window, scaling, softcap
 ]
 
@@ -31,28 +32,29 @@ def attend_cached(
     qkv: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
     out: torch.Tensor,
     cached: tuple[torch.Tensor, torch.Tensor],
-    rows: torch.Tensor,
-    positions: torch.Tensor,
+    spans: torch.Tensor,
     *,
     scaling: float,
     window: int | None = None,
     softcap: float | None = None,
 ) -> None:
-    """One token of each of n sequences: stores its key and value, then writes `out` [n, heads, d].
+    """The new tokens of n sequences: stores their keys and values, then writes their rows of `out`.
 
-    qkv: [n, heads, d] and twice [n, kv_heads, d], each with neighbouring numbers of a head. cached:
-    keys and values, both [rows, kv_heads, capacity, d] and contiguous. rows, positions: int64 [n],
-    sequence i's row there and its token's place, of which it sees 0..positions[i], the last
-    `window` of them. All of the dtype that `kernel` is for; sums and softmax are float32.
+    qkv: [tokens, heads, d] and twice [tokens, kv_heads, d], each with neighbouring numbers of a
+    head. out: [tokens, heads, d]. cached: keys and values, both [rows, kv_heads, capacity, d] and
+    contiguous. spans: int64 [4, n] and contiguous: each sequence's first row of the batch, how many
+    it has there, its row of the cache, and the first one's position. A token at position p sees
+    0..p, the last `window` of them. All of the dtype that `kernel` is for; sums and softmax are
+    float32.
     """
     q, k, v = qkv
     keys, values = cached
-    n, heads, d = q.shape
+    tokens, heads, d = q.shape
     kv_heads = keys.shape[1]
-    assert k.shape == v.shape == (n, kv_heads, d) and out.shape == q.shape
+    assert k.shape == v.shape == (tokens, kv_heads, d) and out.shape == q.shape
     assert keys.shape == values.shape and keys.is_contiguous() and values.is_contiguous()
-    assert keys.shape[3] == d and rows.shape == positions.shape == (n,)
-    assert rows.dtype == positions.dtype == torch.int64 and keys.dtype == q.dtype == out.dtype
+    assert keys.shape[3] == d and keys.dtype == q.dtype == out.dtype
+    assert spans.dtype == torch.int64 and spans.shape[0] == 4 and spans.is_contiguous()
     places: list[int] = []
     for tensor in (q, k, v, out):
         assert tensor.stride(2) == 1
@@ -60,6 +62,6 @@ def attend_cached(
     kernel(
         *places,
         *(keys.data_ptr(), values.data_ptr(), keys.stride(0), keys.stride(1)),
-        *(rows.data_ptr(), positions.data_ptr(), n, heads, kv_heads, d),
+        *(spans.data_ptr(), spans.shape[1], heads, kv_heads, d),
         *(window or 0, scaling, softcap or 0.0),
     )

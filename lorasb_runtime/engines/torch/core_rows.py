@@ -1,6 +1,7 @@
 """The cores of the rows that run, brought from the slot table once for many layers and steps."""
 
 from collections.abc import Sequence as Rows
+from itertools import takewhile
 
 import torch
 from torch import nn
@@ -17,6 +18,13 @@ from lorasb_runtime.storage.basis_file import Basis
 # Up to so many decoding rows of one adapter are left to the kernel, which starts faster than the
 # multiplies that share one core.
 MOST_KERNEL_ROWS = 64
+# Up to so many prompt tokens at once are handled as rows that decode, where the kernel takes them.
+SHORT_RUN = 64
+
+
+def is_short(count: int) -> bool:
+    """Whether a chunk of so many tokens is one that `CoreRows` wants before the longer ones."""
+    return count <= SHORT_RUN
 
 
 class GatheredCores:
@@ -71,15 +79,21 @@ class CoreRows:
         self._gathers = slots.cores.device.type == "cpu"
         self._brought = False
         self._kernel = kernel_for(dtype, slots.cores.dtype, slots.cores.device) is not None
+        self.gathered = False  # whether a group has its rows' cores brought together
 
     def prepare(self, decodes: list[int], runs: list[tuple[int, int, int]]) -> None:
         """decodes: the decoding rows' slots. runs: (slot, start, end) of the prefill chunks.
 
+        Short chunks that come first are taken for decoding rows, where a kernel multiplies these.
         Rows of the base model's slot before the first adapter's row and after the last cost
         nothing.
         """
+        total = runs[-1][2] if runs else len(decodes)
+        if self._kernel and not self.gathered:
+            short = list(takewhile(lambda run: is_short(run[2] - run[1]), runs))
+            runs = runs[len(short) :]
+            decodes = [*decodes, *(slot for slot, start, end in short for _ in range(start, end))]
         count = len(decodes)
-        total = runs[-1][2] if runs else count
         dense = not self._kernel or count > MOST_KERNEL_ROWS or not any(decodes)
         if dense and len(set(decodes)) == 1:  # one multiply for all, or none
             runs = [(decodes[0], 0, count), *runs]
@@ -206,23 +220,30 @@ def adapt_for_slots(
     sizes = [(len(g), basis.targets[g[0]].rank) for g in groups]
     batch = CoreRows(slots, sizes, model.dtype)
     for number, members in enumerate(groups):
-        _adapt_group(model, basis, GroupSlots(batch, number, basis, members, slots))
+        own = GroupSlots(batch, number, basis, members, slots)
+        if not _adapt_packed(model, basis, own):
+            _adapt_each(model, basis, own)
+            batch.gathered = True
     return batch
 
 
-def _adapt_group(model: PreTrainedModel, basis: Basis, slots: GroupSlots) -> None:
-    """Inside their packed group, where they are the members of one, or each layer by itself."""
+def _adapt_packed(model: PreTrainedModel, basis: Basis, slots: GroupSlots) -> bool:
+    """Inside their packed group, where they are the members of one that has no others' cores."""
     seats = [model.get_submodule(name) for name in slots.modules]
     group = _common_group(seats)
     if group is None or group.adapted:
-        shrinks = [basis.a(name) for name in slots.modules]
-        cores = GroupCores(slots, torch.cat(shrinks).to(model.device, model.dtype))
-        for member, name in enumerate(slots.modules):
-            adapt_layer(model, basis, name, SlotCores(cores, member))
-        return
+        return False
     members = [seat.member for seat in seats if isinstance(seat, PackedLinear)]
     pairs = [(basis.a(name), basis.b(name)) for name in slots.modules]
     group.adapt(members, pairs, slots.cores, slots)
+    return True
+
+
+def _adapt_each(model: PreTrainedModel, basis: Basis, slots: GroupSlots) -> None:
+    shrinks = [basis.a(name) for name in slots.modules]
+    cores = GroupCores(slots, torch.cat(shrinks).to(model.device, model.dtype))
+    for member, name in enumerate(slots.modules):
+        adapt_layer(model, basis, name, SlotCores(cores, member))
 
 
 def _common_group(layers: list[nn.Module]) -> PackedGroup | None:

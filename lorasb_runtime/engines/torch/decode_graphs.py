@@ -94,7 +94,7 @@ class FixedStep:
             input_ids=ids[None],
             position_ids=positions[None],
             use_cache=False,
-            kv_batch=KVBatch(self._cache, self._groups, []),
+            kv_batch=KVBatch(self._cache, [*self._groups]),
         ).logits
         return logits[0]
 

@@ -1,6 +1,7 @@
 """Attention of one ragged batch over the KV cache: where each row writes and what it sees.
 
-Rows of the batch: decoding sequences first, ordered by region, then the prefill chunks.
+Rows of the batch: decoding sequences first, ordered by region, then the prefill chunks. Where a
+kernel attends, it takes all sequences of one size class that have few new tokens, in one call.
 """
 
 from dataclasses import dataclass, field
@@ -18,6 +19,9 @@ from lorasb_runtime.ops.attention_cpu import attend_cached, attention_kernel
 # Decoding rows are read in place, idle rows between them included, down to this share of use;
 # below it the rows are gathered.
 IN_PLACE_SHARE = 0.5
+# A prompt's tokens are the kernel's up to so many pairs of one of them and one that it may see;
+# with more, a multiply of all at once is faster.
+MOST_KERNEL_PAIRS = 1 << 12
 
 
 # Of the batch's new tokens: [n, heads, d] and twice [n, kv_heads, d].
@@ -41,6 +45,39 @@ class Attends(Protocol):
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, call: LayerCall
     ) -> torch.Tensor:
         """[tokens, heads, d] and twice [tokens, kv_heads, d] -> [tokens, heads, d]."""
+
+
+class Part(Protocol):
+    """Some rows of a batch."""
+
+    def store_and_attend(
+        self, cache: KVCache, qkv: QKV, out: torch.Tensor, call: LayerCall
+    ) -> None:
+        """Take the part's own rows of qkv, and write those of `out`, [tokens, heads, d]."""
+
+
+@dataclass(frozen=True)
+class KernelSpans:
+    """Sequences of one size class with few new tokens; spans: as of `attend_cached`."""
+
+    size: int
+    spans: torch.Tensor
+
+    def store_and_attend(
+        self, cache: KVCache, qkv: QKV, out: torch.Tensor, call: LayerCall
+    ) -> None:
+        kernel = attention_kernel(out.dtype, out.device)
+        assert kernel is not None
+        attend_cached(
+            kernel,
+            qkv,
+            out,
+            (cache.keys[self.size][call.layer], cache.values[self.size][call.layer]),
+            self.spans,
+            scaling=call.scaling,
+            window=call.window,
+            softcap=call.softcap,
+        )
 
 
 @dataclass
@@ -71,25 +108,11 @@ class DecodeGroup:
     def store_and_attend(
         self, cache: KVCache, qkv: QKV, out: torch.Tensor, call: LayerCall
     ) -> None:
-        """qkv: [n, heads, d] and twice [n, kv_heads, d], of the new tokens. out: [n, heads, d]."""
+        q, *new = (tensor[self.begin : self.end] for tensor in qkv)
         cached = cache.keys[self.size][call.layer], cache.values[self.size][call.layer]
-        kernel = attention_kernel(out.dtype, out.device)
-        if kernel is not None:
-            attend_cached(
-                kernel,
-                qkv,
-                out,
-                cached,
-                self.rows,
-                self.positions,
-                scaling=call.scaling,
-                window=call.window,
-                softcap=call.softcap,
-            )
-            return
-        for tensor, new in zip(cached, qkv[1:], strict=True):
-            tensor[self.rows, :, self.positions] = new
-        out.copy_(self._attend(*cached, qkv[0], call))
+        for tensor, added in zip(cached, new, strict=True):
+            tensor[self.rows, :, self.positions] = added
+        out[self.begin : self.end] = self._attend(*cached, q, call)
 
     def _attend(
         self, keys: torch.Tensor, values: torch.Tensor, q: torch.Tensor, call: LayerCall
@@ -118,8 +141,8 @@ class DecodeGroup:
 
 
 @dataclass
-class PrefillSpan:
-    """A prefill chunk: batch rows begin..end are positions start.. of the sequence in `region`."""
+class Span:
+    """New tokens of one sequence: batch rows begin..end are positions start.. in its region."""
 
     region: Region
     start: int
@@ -127,12 +150,20 @@ class PrefillSpan:
     end: int
     _biases: dict[int | None, torch.Tensor] = field(default_factory=dict)
 
+    @property
+    def count(self) -> int:
+        return self.end - self.begin
+
+    @property
+    def stop(self) -> int:
+        """The position after the last."""
+        return self.start + self.count
+
     def store_and_attend(
         self, cache: KVCache, qkv: QKV, out: torch.Tensor, call: LayerCall
     ) -> None:
-        """qkv: [chunk, heads, d] and twice [chunk, kv_heads, d]. out: [chunk, heads, d]."""
-        q, *new = (tensor.transpose(0, 1) for tensor in qkv)
-        stop = self.start + self.end - self.begin
+        q, *new = (tensor[self.begin : self.end].transpose(0, 1) for tensor in qkv)
+        stop = self.stop
         size, row = self.region.size, self.region.row
         cached = [t[size][call.layer][row] for t in (cache.keys, cache.values)]
         for tensor, added in zip(cached, new, strict=True):
@@ -148,7 +179,7 @@ class PrefillSpan:
                 self._biases[call.window] = causal_bias(self.start, stop, call.window, q)
             bias = self._biases[call.window]
         attended = attend_prefill(q, k, v, bias, call.scaling, call.softcap)
-        out.copy_(attended.transpose(0, 1))
+        out[self.begin : self.end] = attended.transpose(0, 1)
 
 
 @dataclass
@@ -156,8 +187,7 @@ class KVBatch:
     """Handed through the model's forward to every attention layer; `windows`: what each asked."""
 
     cache: KVCache
-    groups: list[DecodeGroup]
-    prefills: list[PrefillSpan]
+    parts: list[Part]
     windows: dict[int, int | None] = field(default_factory=dict)
 
     def attend(
@@ -166,10 +196,8 @@ class KVBatch:
         """Store the new keys and values, then attend: [tokens, heads, d] -> same shape."""
         self.windows[call.layer] = call.window
         out = q.new_empty(q.shape)
-        parts: list[DecodeGroup | PrefillSpan] = [*self.groups, *self.prefills]
-        for part in parts:
-            rows = slice(part.begin, part.end)
-            part.store_and_attend(self.cache, (q[rows], k[rows], v[rows]), out[rows], call)
+        for part in self.parts:
+            part.store_and_attend(self.cache, (q, k, v), out, call)
         return out
 
 
@@ -178,9 +206,44 @@ def order_by_region(sequences: list[Sequence]) -> None:
     sequences.sort(key=lambda s: (s.region.size, s.region.row) if s.region else (0, 0))
 
 
-def build_kv_batch(cache: KVCache, step: Step, device: torch.device) -> KVBatch:
-    """The batch of a scheduled step; orders `step.decodes` by region as the rows must be."""
+def build_kv_batch(
+    cache: KVCache, step: Step, device: torch.device, most_pairs: int | None = None
+) -> KVBatch:
+    """The batch of a scheduled step; orders `step.decodes` by region as the rows must be.
+
+    most_pairs: what a prompt may have to be the kernel's; None: MOST_KERNEL_PAIRS.
+    """
     order_by_region(step.decodes)
+    chunks = []
+    begin = len(step.decodes)
+    for chunk in step.prefills:
+        assert chunk.sequence.region is not None
+        chunks.append(Span(chunk.sequence.region, chunk.start, begin, begin + chunk.count))
+        begin += chunk.count
+    if attention_kernel(cache.dtype, device) is None:
+        return KVBatch(cache, [*_decode_groups(step, device), *chunks])
+    few = [
+        Span(s.region, s.computed - 1, row, row + 1)
+        for row, s in enumerate(step.decodes)
+        if s.region
+    ]
+    most = MOST_KERNEL_PAIRS if most_pairs is None else most_pairs
+    many: list[Span] = []
+    for span in chunks:
+        (few if span.count * span.stop <= most else many).append(span)
+    return KVBatch(cache, [*_kernel_spans(few), *many])
+
+
+def _kernel_spans(few: list[Span]) -> list[KernelSpans]:
+    found = []
+    for size in sorted({span.region.size for span in few}):
+        own = [s for s in few if s.region.size == size]
+        columns = [(s.begin, s.count, s.region.row, s.start) for s in own]
+        found.append(KernelSpans(size, torch.tensor(columns).t().contiguous()))
+    return found
+
+
+def _decode_groups(step: Step, device: torch.device) -> list[DecodeGroup]:
     groups: list[DecodeGroup] = []
     for size in sorted({s.region.size for s in step.decodes if s.region}):
         begin = groups[-1].end if groups else 0
@@ -204,10 +267,4 @@ def build_kv_batch(cache: KVCache, step: Step, device: torch.device) -> KVBatch:
                 gathered=len(members) < IN_PLACE_SHARE * (hi - lo),
             )
         )
-    spans: list[PrefillSpan] = []
-    begin = len(step.decodes)
-    for chunk in step.prefills:
-        assert chunk.sequence.region is not None
-        spans.append(PrefillSpan(chunk.sequence.region, chunk.start, begin, begin + chunk.count))
-        begin += chunk.count
-    return KVBatch(cache, groups, spans)
+    return groups

@@ -40,7 +40,7 @@ class KVCache:
         """kept_blocks: how many blocks the prefix cache has, and their length in tokens."""
         self._shape = shape
         self._regions = regions
-        self._dtype = dtype
+        self.dtype = dtype
         self._device = device
         self.keys = [self._empty(0, c) for c in regions.capacities]
         self.values = [self._empty(0, c) for c in regions.capacities]
@@ -73,7 +73,7 @@ class KVCache:
                 for source, target in pairs:
                     moved = source[move.source.row, :, : move.tokens]
                     target[move.target.row, :, : move.tokens] = moved
-                    target[move.target.row, :, move.tokens :] = 0  # as of `PrefillSpan`
+                    target[move.target.row, :, move.tokens :] = 0  # as of `Span`
         for restore in step.restores:
             self._copy_blocks(restore, self._restore_block)
 
@@ -103,6 +103,6 @@ class KVCache:
     def _empty(self, rows: int, capacity: int) -> list[torch.Tensor]:
         shape = (rows, self._shape.kv_heads, capacity, self._shape.head_dim)
         return [
-            torch.zeros(shape, dtype=self._dtype, device=self._device)
+            torch.zeros(shape, dtype=self.dtype, device=self._device)
             for _ in range(self._shape.layers)
         ]

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -113,9 +114,10 @@ def check_attention(model: PreTrainedModel) -> None:
         model.set_attn_implementation(ATTENTION)
         pack_linears(model, neighbours_with_one_input(linears, inputs_of(calls)))
         cache, region = _probe_cache(model)
-        found = [_probe(model, cache, region, tokens, 0, 16, windows)]
-        for position in range(16, PROBE_TOKENS):
-            found.append(_probe(model, cache, region, tokens, position, position + 1))
+        found = [_probe(model, cache, region, tokens, 0, 16, windows, most_pairs=0)]
+        ends = [16, 19, *range(20, PROBE_TOKENS + 1)]  # some tokens at once, then one by one
+        for start, end in pairwise(ends):
+            found.append(_probe(model, cache, region, tokens, start, end))
         check_windows(model.config, windows)
     except (LookupError, ValueError, TypeError, AttributeError, RuntimeError, InputError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -176,11 +178,12 @@ def _probe(
     start: int,
     end: int,
     windows: dict[int, int | None] | None = None,
+    most_pairs: int | None = None,
 ) -> torch.Tensor:
     """Logits [end - start, vocab] of a piece of the probe prompt: a chunk, or one decode step.
 
     Notes in `windows` what window each layer asked for. Has the logits given in reverse, so that
-    a model that gives others than it is asked for is found out.
+    a model that gives others than it is asked for is found out. most_pairs: as `build_kv_batch`'s.
     """
     ids = tokens[0, :end].tolist()
     sequence = Sequence("probe", 0, ids, end, end, SamplingParams(), 0, computed=end)
@@ -189,7 +192,7 @@ def _probe(
         step = Step(decodes=[sequence])
     else:
         step = Step(prefills=[Chunk(sequence, start, end - start, True)])
-    kv_batch = build_kv_batch(cache, step, model.device)
+    kv_batch = build_kv_batch(cache, step, model.device, most_pairs)
     positions = torch.arange(start, end, device=model.device)
     logits: torch.Tensor = model(
         input_ids=tokens[:, start:end],

@@ -1,7 +1,7 @@
-// Decode attention: one new token of each sequence over its part of the KV cache.
+// Attention of one or few new tokens of each sequence over its part of the KV cache.
 //
-// The token's key and value are written into the cache first. A task is one sequence's one KV head
-// with all query heads that share it, four of them at a time, so that each key is read once for them.
+// Their keys and values are written into the cache first. A task is one sequence's one KV head with
+// all query heads that share it, four of them at a time, so that each key is read once for them.
 
 #include <algorithm>
 #include <cmath>
@@ -23,7 +23,9 @@ template <class T> struct Attention {
     int64_t out_row, out_head;
     T *keys, *values;
     int64_t cache_row, cache_head;
-    const int64_t *rows, *positions;  // of each sequence: its row of the cache, its token's place
+    // Of each sequence: its first token's row of the batch, how many tokens, its row of the cache,
+    // its first token's place there.
+    const int64_t *firsts, *counts, *rows, *positions;
     int64_t heads, kv_heads, d, window;
     float scaling, softcap;
 
@@ -31,26 +33,35 @@ template <class T> struct Attention {
 
     void run(int64_t i, int64_t kv_head, std::vector<float>& scratch) const {
         const int64_t place = rows[i] * cache_row + kv_head * cache_head;
-        const int64_t at = positions[i], end = at + 1;
+        for (int64_t t = 0; t < counts[i]; t++) {
+            const int64_t row = firsts[i] + t, to = place + (positions[i] + t) * d;
+            std::copy_n(k + row * k_row + kv_head * k_head, d, keys + to);
+            std::copy_n(v + row * v_row + kv_head * v_head, d, values + to);
+        }
+        for (int64_t t = 0; t < counts[i]; t++)
+            attend_all(firsts[i] + t, kv_head, place, positions[i] + t + 1, scratch);
+    }
+
+    // The query heads of one token, which sees the first `end` keys behind `place`.
+    void attend_all(int64_t row, int64_t kv_head, int64_t place, int64_t end,
+                    std::vector<float>& scratch) const {
         const int64_t begin = window ? std::max<int64_t>(0, end - window) : 0;
-        std::copy_n(k + i * k_row + kv_head * k_head, d, keys + place + at * d);
-        std::copy_n(v + i * v_row + kv_head * v_head, d, values + place + at * d);
         const T* first_key = keys + place + begin * d;
         const T* first_value = values + place + begin * d;
         const int64_t group = heads / kv_heads;
         for (int64_t g = 0; g < group; g += HEADS) {
             const int64_t head = kv_head * group + g;
             switch (std::min(HEADS, group - g)) {
-                case 1: attend<1>(i, head, first_key, first_value, end - begin, scratch); break;
-                case 2: attend<2>(i, head, first_key, first_value, end - begin, scratch); break;
-                case 3: attend<3>(i, head, first_key, first_value, end - begin, scratch); break;
-                default: attend<4>(i, head, first_key, first_value, end - begin, scratch);
+                case 1: attend<1>(row, head, first_key, first_value, end - begin, scratch); break;
+                case 2: attend<2>(row, head, first_key, first_value, end - begin, scratch); break;
+                case 3: attend<3>(row, head, first_key, first_value, end - begin, scratch); break;
+                default: attend<4>(row, head, first_key, first_value, end - begin, scratch);
             }
         }
     }
 
     template <int64_t G>
-    void attend(int64_t i, int64_t head, const T* key, const T* value, int64_t length,
+    void attend(int64_t row, int64_t head, const T* key, const T* value, int64_t length,
                 std::vector<float>& scratch) const {
         const int64_t padded = (length + LANES - 1) / LANES * LANES, wide = vectors() * LANES;
         scratch.resize(G * (padded + wide));
@@ -58,7 +69,7 @@ template <class T> struct Attention {
         float* queries = scores + G * padded;
         for (int64_t g = 0; g < G; g++)
             for (int64_t c = 0; c < d; c += LANES) {
-                const T* from = q + i * q_row + (head + g) * q_head + c;
+                const T* from = q + row * q_row + (head + g) * q_head + c;
                 store(queries + g * wide + c, load_part(from, d - c) * scaling);
             }
         for (int64_t j = 0; j < length; j += LANES)
@@ -73,7 +84,7 @@ template <class T> struct Attention {
             else
                 add_values<G, false>(value + c, length, d - c, scores, padded, totals);
             for (int64_t g = 0; g < G; g++) {
-                T* to = out + i * out_row + (head + g) * out_head + c;
+                T* to = out + row * out_row + (head + g) * out_head + c;
                 for (int64_t n = 0; n < VECTORS && c + n * LANES < d; n++)
                     store_part(to + n * LANES, totals[g][n] * shares[g], d - c - n * LANES);
             }
@@ -150,18 +161,20 @@ template <class T> struct Attention {
 
 }  // namespace
 
-// Strides in numbers; window 0: none, softcap 0: none.
+// Strides in numbers; spans: firsts, counts, rows, positions, each [count]; window 0: none, softcap
+// 0: none.
 #define ATTEND(NAME, T)                                                                            \
     extern "C" void NAME(const T* q, int64_t q_row, int64_t q_head, const T* k, int64_t k_row,     \
                          int64_t k_head, const T* v, int64_t v_row, int64_t v_head, T* out,        \
                          int64_t out_row, int64_t out_head, T* keys, T* values, int64_t cache_row, \
-                         int64_t cache_head, const int64_t* rows, const int64_t* positions,        \
-                         int64_t count, int64_t heads, int64_t kv_heads, int64_t d,                \
-                         int64_t window, float scaling, float softcap) {                           \
-        Attention<T>{q,       k,        v,         q_row,      q_head, k_row,     k_head,          \
-                     v_row,   v_head,   out,       out_row,    out_head, keys,    values,          \
-                     cache_row, cache_head, rows,  positions,  heads,  kv_heads,  d,               \
-                     window,  scaling,  softcap}                                                   \
+                         int64_t cache_head, const int64_t* spans, int64_t count, int64_t heads,   \
+                         int64_t kv_heads, int64_t d, int64_t window, float scaling,               \
+                         float softcap) {                                                          \
+        const int64_t *counts = spans + count, *rows = counts + count, *places = rows + count;     \
+        Attention<T>{q,       k,        v,          q_row,      q_head, k_row,     k_head,         \
+                     v_row,   v_head,   out,        out_row,    out_head, keys,    values,         \
+                     cache_row, cache_head, spans,  counts,     rows,   places,    heads,          \
+                     kv_heads, d,       window,     scaling,    softcap}                           \
             .run_all(count);                                                                       \
     }
 
