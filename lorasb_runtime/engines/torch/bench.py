@@ -124,9 +124,9 @@ def _loaded(
     if basis is None:
         return engine, [None], {}
     before = _resident_bytes()
-    adapters: list[LoadedAdapter | None] = [_random_adapter(basis, i) for i in range(case.adapters)]
+    adapters: list[LoadedAdapter | None] = [random_adapter(basis, i) for i in range(case.adapters)]
     for i in range(case.resident):
-        engine.warm(_random_adapter(basis, i % 64, f"resident-{i}"))
+        engine.warm(random_adapter(basis, i % 64, f"resident-{i}"))
     if not case.resident:
         return engine, adapters, {}
     one = basis.size * engine.core_bytes
@@ -210,7 +210,7 @@ def random_basis(model: Any, rank: int) -> Basis:
     return Basis(targets, tensors, "lora-sb")
 
 
-def _random_adapter(basis: Basis, seed: int, version: str | None = None) -> LoadedAdapter:
+def random_adapter(basis: Basis, seed: int, version: str | None = None) -> LoadedAdapter:
     generator = torch.Generator().manual_seed(seed)
     cores = CORE_SCALE * torch.randn(basis.size, generator=generator)
     name = version or f"u{seed}"
