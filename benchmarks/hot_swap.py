@@ -27,8 +27,9 @@ from typing import Any
 import httpx
 import torch
 from server_process import serving
+from swap_client import Client
 from swap_files import Versions, make_basis, make_variant
-from swap_load import PROMPTS, Client, Load, Owner, Run, Window, publish_elsewhere
+from swap_load import PROMPTS, Load, Owner, Run, Window, publish_elsewhere
 
 from lorasb_runtime.adapters.slots import SlotTable
 from lorasb_runtime.engines.torch.bench import machine

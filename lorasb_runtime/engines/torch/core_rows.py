@@ -22,11 +22,6 @@ MOST_KERNEL_ROWS = 64
 SHORT_RUN = 64
 
 
-def is_short(count: int) -> bool:
-    """Whether a chunk of so many tokens is one that `CoreRows` wants before the longer ones."""
-    return count <= SHORT_RUN
-
-
 class GatheredCores:
     """The decoding rows' cores, each group in the dtype that it is multiplied in.
 
@@ -81,18 +76,21 @@ class CoreRows:
         self._kernel = kernel_for(dtype, slots.cores.dtype, slots.cores.device) is not None
         self.gathered = False  # whether a group has its rows' cores brought together
 
+    def splits(self, count: int) -> bool:
+        """Whether a chunk of so many tokens is taken for decoding rows, and is to come first."""
+        return self._kernel and not self.gathered and count <= SHORT_RUN
+
     def prepare(self, decodes: list[int], runs: list[tuple[int, int, int]]) -> None:
         """decodes: the decoding rows' slots. runs: (slot, start, end) of the prefill chunks.
 
-        Short chunks that come first are taken for decoding rows, where a kernel multiplies these.
+        Those first chunks that it `splits` are decoding rows to it.
         Rows of the base model's slot before the first adapter's row and after the last cost
         nothing.
         """
         total = runs[-1][2] if runs else len(decodes)
-        if self._kernel and not self.gathered:
-            short = list(takewhile(lambda run: is_short(run[2] - run[1]), runs))
-            runs = runs[len(short) :]
-            decodes = [*decodes, *(slot for slot, start, end in short for _ in range(start, end))]
+        short = list(takewhile(lambda run: self.splits(run[2] - run[1]), runs))
+        runs = runs[len(short) :]
+        decodes = [*decodes, *(slot for slot, start, end in short for _ in range(start, end))]
         count = len(decodes)
         dense = not self._kernel or count > MOST_KERNEL_ROWS or not any(decodes)
         if dense and len(set(decodes)) == 1:  # one multiply for all, or none

@@ -222,25 +222,21 @@ def build_kv_batch(
         begin += chunk.count
     if attention_kernel(cache.dtype, device) is None:
         return KVBatch(cache, [*_decode_groups(step, device), *chunks])
-    few = [
-        Span(s.region, s.computed - 1, row, row + 1)
-        for row, s in enumerate(step.decodes)
-        if s.region
-    ]
     most = MOST_KERNEL_PAIRS if most_pairs is None else most_pairs
-    many: list[Span] = []
+    few: dict[int, list[tuple[int, int, int, int]]] = {}  # by size class: columns of its spans
+    many: list[Part] = []
+    for row, sequence in enumerate(step.decodes):
+        assert sequence.region is not None
+        column = row, 1, sequence.region.row, sequence.computed - 1
+        few.setdefault(sequence.region.size, []).append(column)
     for span in chunks:
-        (few if span.count * span.stop <= most else many).append(span)
-    return KVBatch(cache, [*_kernel_spans(few), *many])
-
-
-def _kernel_spans(few: list[Span]) -> list[KernelSpans]:
-    found = []
-    for size in sorted({span.region.size for span in few}):
-        own = [s for s in few if s.region.size == size]
-        columns = [(s.begin, s.count, s.region.row, s.start) for s in own]
-        found.append(KernelSpans(size, torch.tensor(columns).t().contiguous()))
-    return found
+        if span.count * span.stop > most:
+            many.append(span)
+            continue
+        column = span.begin, span.count, span.region.row, span.start
+        few.setdefault(span.region.size, []).append(column)
+    spans = [KernelSpans(size, torch.tensor(own).t().contiguous()) for size, own in few.items()]
+    return KVBatch(cache, [*spans, *many])
 
 
 def _decode_groups(step: Step, device: torch.device) -> list[DecodeGroup]:

@@ -7,7 +7,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lorasb_runtime.adapters.slots import BASE_SLOT, SlotTable
-from lorasb_runtime.engines.torch.core_rows import CoreRows, adapt_for_slots, is_short
+from lorasb_runtime.engines.torch.core_rows import CoreRows, adapt_for_slots
 from lorasb_runtime.engines.torch.decode_graphs import DecodeGraphs, Run, cuda_graph
 from lorasb_runtime.engines.torch.kv_batch import build_kv_batch
 from lorasb_runtime.engines.torch.kv_cache import KVCache
@@ -64,7 +64,7 @@ class ModelRunner:
         recorded = self._graphs.run(step) if self._graphs else None
         if recorded is not None:
             return StepLogits(list(step.decodes), recorded.float(), [])
-        step.prefills.sort(key=_place)
+        step.prefills.sort(key=self._place)
         kv_batch = build_kv_batch(self._cache, step, self.device)
         ids = [s.tokens[s.computed - 1] for s in step.decodes]
         positions = [s.computed - 1 for s in step.decodes]
@@ -100,7 +100,7 @@ class ModelRunner:
             receivers, own, [(c, part) for (c, _), part in zip(prompts, parts, strict=True)]
         )
 
-
-def _place(chunk: Chunk) -> tuple[bool, bool]:
-    """Of a chunk among others: the short ones come first, and among equals the adapted ones."""
-    return not is_short(chunk.count), chunk.sequence.slot in (None, BASE_SLOT)
+    def _place(self, chunk: Chunk) -> tuple[bool, bool]:
+        """Of a chunk among others: those that are split come first, among equals the adapted."""
+        split = self._cores is not None and self._cores.splits(chunk.count)
+        return not split, chunk.sequence.slot in (None, BASE_SLOT)
