@@ -48,8 +48,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32, help="of each answer under PUTs")
     parser.add_argument("--short", type=int, default=2, help="tokens where the store is swapped")
     parser.add_argument("--swaps", type=float, default=2000, help="a minute")
-    parser.add_argument("--seconds", type=float, default=5, help="of each window")
-    parser.add_argument("--rounds", type=int, default=12, help="windows without swaps and with")
+    parser.add_argument("--seconds", type=float, default=1.5, help="of each window")
+    parser.add_argument("--rounds", type=int, default=50, help="windows without swaps and with")
     parser.add_argument("--repeats", type=int, default=50, help="of single swaps")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
@@ -154,11 +154,13 @@ async def put_to_first_token(
 def under_load(run: Run) -> dict[str, Any]:
     still, swapped = rate(run.still), rate(run.swapped)
     pairs = zip(run.still, run.swapped, strict=True)
+    by_round = [1 - rate([b]) / rate([a]) for a, b in pairs]
     return {
         "tokens_per_second_without_swaps": still,
         "tokens_per_second_with_swaps": swapped,
         "throughput_lost": 1 - swapped / still,
-        "throughput_lost_by_round": [1 - rate([b]) / rate([a]) for a, b in pairs],
+        "throughput_lost_margin": 2 * statistics.stdev(by_round) / len(by_round) ** 0.5,
+        "throughput_lost_by_round": by_round,
         "swaps_per_minute": 60 * sum(w.swaps for w in run.swapped) / seconds(run.swapped),
         "swap": spread([took for window in run.swapped for took in window.swap_seconds]),
         "answers": run.answers,
@@ -200,12 +202,12 @@ def line(text: str, seconds: dict[str, float]) -> str:
 
 
 def load_lines(name: str, by: dict[str, Any]) -> list[str]:
-    by_round = ", ".join(f"{lost:.1%}" for lost in by["throughput_lost_by_round"])
     return [
         line(f"a swap by {name} under load", by["swap"]),
         f"swaps by {name}: {by['tokens_per_second_without_swaps']:.1f} tok/s without them, "
         f"{by['tokens_per_second_with_swaps']:.1f} with {by['swaps_per_minute']:.0f} a minute: "
-        f"{by['throughput_lost']:.1%} lost (by round: {by_round})",
+        f"{by['throughput_lost']:.1%} lost (within {by['throughput_lost_margin']:.1%}, two standard "
+        f"errors of {len(by['throughput_lost_by_round'])} rounds)",
         f"{by['answers']} answers checked: {by['wrong_answers']} wrong, with "
         f"{by['wrong_tokens']} wrong tokens",
     ]

@@ -17,6 +17,8 @@ from swap_client import Answer, Client
 
 # Two tokens each: a swap in the store needs a request that sees it, so these must be cheap.
 PROMPTS = ("The sea", "Dear diary", "Once upon", "Old men")
+DUE_SECONDS = 0.005  # to the next look for an owner whose version may be changed
+LEAD_SECONDS = 0.8  # before each window, in which the last one's versions are asked for
 
 
 @dataclass
@@ -41,7 +43,10 @@ class Owner:
 
 @dataclass(frozen=True)
 class Window:
-    """What happened in one stretch of time. swaps: by the server's own count, while it lasted."""
+    """What happened in one stretch of time. swaps: by the server's own count, while it lasted.
+
+    swap_seconds: what each publishing took, from LEAD_SECONDS before it.
+    """
 
     seconds: float
     tokens: int
@@ -127,11 +132,12 @@ class Load:
     ) -> tuple[float, float, float, list[float]]:
         """When it began and ended, the swaps in it, and what each took; none goes on after it."""
         stop = asyncio.Event()
-        before, began = await self._client.swaps(), time.monotonic()
         publishing = None
         if swapping or self._elsewhere:
             change = self.swap if swapping else self._publish_unasked
             publishing = asyncio.create_task(self._change_all(change, per_minute, stop))
+        await asyncio.sleep(LEAD_SECONDS)
+        before, began = await self._client.swaps(), time.monotonic()
         await asyncio.sleep(seconds)
         stop.set()
         took = await publishing if publishing else []
@@ -155,9 +161,11 @@ class Load:
             while not stop.is_set():
                 each = itertools.islice(turns, len(self._owners))
                 owner = next((o for o in each if self._is_due(o)), None)
-                if owner is not None:
-                    owner.published = time.monotonic()
-                    group.create_task(one(owner))
+                if owner is None:
+                    await asyncio.sleep(DUE_SECONDS)
+                    continue
+                owner.published = time.monotonic()
+                group.create_task(one(owner))
                 count += 1
                 due = began + count * 60 / per_minute
                 await asyncio.sleep(max(0.0, due - time.monotonic()))
