@@ -338,6 +338,34 @@ def test_the_counters(store: ScriptedStore, basis: Basis, clock: Clock) -> None:
     assert stats.fetch_counts[-1] == 1 and stats.fetch_seconds > 0
 
 
+def test_a_version_stays_in_memory_while_a_known_name_has_it(
+    store: ScriptedStore, loader: AdapterLoader, basis: Basis, clock: Clock
+) -> None:
+    def kept(*names: AdapterName) -> int:
+        clock.now += 1.0
+        for name in names:
+            loader.get(name)
+        return loader.stats().cached
+
+    publish(store, ALICE, basis, 1.0)
+    publish(store, BOB, basis, 1.0)
+    assert kept(ALICE, BOB) == 1
+    publish(store, ALICE, basis, 2.0)
+    assert kept(ALICE, BOB) == 2 and len(store.fetched) == 1
+    publish(store, BOB, basis, 2.0)
+    assert kept(BOB, ALICE) == 1 and store.fetched == []
+    loader.publish(BOB, adapter_bytes(basis, 3.0))
+    assert kept(ALICE, BOB) == 2
+    loader.rollback(BOB, None)
+    assert kept(ALICE, BOB) == 1
+    loader.delete(BOB)
+    assert kept(ALICE) == 1
+    AdapterStore.delete(store, ALICE)
+    with pytest.raises(NotFoundError):
+        kept(ALICE)
+    assert loader.stats().cached == loader.stats().cached_bytes == 0
+
+
 def test_the_disk_cache_outlives_the_loader_and_spares_the_store(
     store: ScriptedStore, basis: Basis, tmp_path: Path
 ) -> None:

@@ -47,3 +47,14 @@ def test_a_pinned_version_stays_until_another_takes_its_place() -> None:
     cache.pin(parse_name("gold"), "d")
     cache.put("e", torch.zeros(1))
     assert cache.get("a") is None and cache.get("d") is not None
+
+
+def test_what_is_dropped_goes_at_once_unless_it_is_pinned() -> None:
+    cache = MemoryCache(1000)
+    cache.put("a", torch.zeros(1))
+    pinned = cache.put("b", torch.zeros(2))
+    cache.pin(parse_name("gold"), "b")
+    for version in ("a", "b", "missing", None):
+        cache.drop(version)
+    assert cache.get("a") is None and cache.get("b") is pinned
+    assert cache.nbytes == pinned.nbytes

@@ -1,7 +1,7 @@
 """What the store has said of names: their current version, or that it does not have them."""
 
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
@@ -36,6 +36,7 @@ class CurrentVersions:
         self._lock = threading.Lock()
         self._known: OrderedDict[AdapterName, KnownVersion] = OrderedDict()
         self._unknown: OrderedDict[AdapterName, float] = OrderedDict()  # when asked
+        self._names: Counter[str] = Counter()  # known names by their version
         self._changes = [0] * STRIPES
 
     def fresh(self, name: AdapterName) -> KnownVersion | None:
@@ -57,18 +58,25 @@ class CurrentVersions:
         with self._lock:
             return self._clock(), self._changes[hash(name) % STRIPES]
 
-    def learn(self, name: AdapterName, version: str | None, asked: tuple[float, int]) -> None:
-        """Take in the store's answer, unless a change was made here after the question."""
+    def learn(self, name: AdapterName, version: str | None, asked: tuple[float, int]) -> str | None:
+        """Take in the store's answer, unless a change was made here after the question.
+
+        Returns the version that no name has any more because of this, if there is one.
+        """
         at, changes = asked
         with self._lock:
-            if changes == self._changes[hash(name) % STRIPES]:
-                self._keep(name, version, at)
+            if changes != self._changes[hash(name) % STRIPES]:
+                return None
+            return self._keep(name, version, at)
 
-    def change(self, name: AdapterName, version: str | None) -> None:
-        """Take in a change that was made here: `version` is current from now on."""
+    def change(self, name: AdapterName, version: str | None) -> str | None:
+        """Take in a change that was made here: `version` is current from now on.
+
+        Returns what `learn` does.
+        """
         with self._lock:
             self._changes[hash(name) % STRIPES] += 1
-            self._keep(name, version, self._clock())
+            return self._keep(name, version, self._clock())
 
     def doubt(self, name: AdapterName) -> None:
         """A change failed half-way: ask the store next time, use what is known if it is down."""
@@ -94,13 +102,24 @@ class CurrentVersions:
                 return None
             return known
 
-    def _keep(self, name: AdapterName, version: str | None, asked: float) -> None:
-        self._known.pop(name, None)
+    def _keep(self, name: AdapterName, version: str | None, asked: float) -> str | None:
+        before = self._known.pop(name, None)
         self._unknown.pop(name, None)
         if version is not None:
             self._known[name] = KnownVersion(version, asked)
+            self._names[version] += 1
         else:
             self._unknown[name] = asked
-        for table in (self._known, self._unknown):
-            if len(table) > self._limit:
-                table.popitem(last=False)
+        if len(self._unknown) > self._limit:
+            self._unknown.popitem(last=False)
+        if len(self._known) > self._limit:
+            self._leave(self._known.popitem(last=False)[1].version)
+        return before.version if before is not None and self._leave(before.version) else None
+
+    def _leave(self, version: str) -> bool:
+        """One name less has the version; whether that was the last."""
+        self._names[version] -= 1
+        if self._names[version]:
+            return False
+        del self._names[version]
+        return True

@@ -122,7 +122,7 @@ class AdapterLoader:
         """Remove the adapter from the store; requests that already have it are not touched."""
         with self._change(name):
             self.store.delete(name)
-            self._current.change(name, None)
+            self._memory.drop(self._current.change(name, None))
 
     def stats(self) -> LoaderStats:
         memory, retries = self._memory, self.store.files.retry.count
@@ -224,17 +224,19 @@ class AdapterLoader:
                     ) from None
                 cores = self._cores.get(name, version)
         except NotFoundError:
-            self._current.learn(name, None, asked)
+            self._memory.drop(self._current.learn(name, None, asked))
             raise
         before = self._current.usable(name)
         self._counters.add("swaps", before is not None and before.version != version)
-        self._current.learn(name, version, asked)
-        return self._loaded(name, version, cores)
+        loaded = self._loaded(name, version, cores)
+        self._memory.drop(self._current.learn(name, version, asked))
+        return loaded
 
     def _change_to(self, name: AdapterName, version: str, cores: torch.Tensor) -> LoadedAdapter:
-        self._current.change(name, version)
+        loaded = self._loaded(name, version, cores)
+        self._memory.drop(self._current.change(name, version))
         self._counters.add("swaps")
-        return self._loaded(name, version, cores)
+        return loaded
 
     @contextmanager
     def _change(self, name: AdapterName) -> Iterator[None]:

@@ -48,6 +48,13 @@ class MemoryCache:
                 self._nbytes -= self._cores.pop(oldest).nbytes
             return kept
 
+    def drop(self, version: str | None) -> None:
+        """Do not keep a version any longer, unless it is pinned."""
+        with self._lock:
+            if version is not None and version not in self._pins.values():
+                cores = self._cores.pop(version, None)
+                self._nbytes -= cores.nbytes if cores is not None else 0
+
     def pin(self, name: AdapterName, version: str) -> None:
         """Keep this version of an adapter in place of the one that was pinned before."""
         with self._lock:
