@@ -217,7 +217,7 @@ def load_lines(name: str, by: dict[str, Any]) -> list[str]:
         line(f"a swap by {name} under load", by["swap"]),
         f"swaps by {name}: {by['tokens_per_second_without_swaps']:.1f} tok/s without them, "
         f"{by['tokens_per_second_with_swaps']:.1f} with {by['swaps_per_minute']:.0f} a minute: "
-        f"{by['throughput_lost']:.1%} lost (two standard errors: {by['throughput_lost_margin']:.1%})",
+        f"{by['throughput_lost']:.1%} lost (two standard errors {by['throughput_lost_margin']:.1%})",
         f"{by['answers']} answers checked: {by['wrong_answers']} wrong, with "
         f"{by['wrong_tokens']} wrong tokens",
     ]

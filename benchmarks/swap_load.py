@@ -130,7 +130,7 @@ class Load:
     async def _span(
         self, seconds: float, per_minute: float, *, swapping: bool
     ) -> tuple[float, float, float, list[float]]:
-        """When it began and ended, the swaps in it, and what each took; none goes on after it."""
+        """When it began and ended, the swaps in it, and what each took."""
         stop = asyncio.Event()
         publishing = None
         if swapping or self._elsewhere:
@@ -139,10 +139,9 @@ class Load:
         await asyncio.sleep(LEAD_SECONDS)
         before, began = await self._client.swaps(), time.monotonic()
         await asyncio.sleep(seconds)
+        ended, swaps = time.monotonic(), await self._client.swaps() - before
         stop.set()
-        took = await publishing if publishing else []
-        ended = time.monotonic()
-        return began, ended, await self._client.swaps() - before, took
+        return began, ended, swaps, await publishing if publishing else []
 
     async def _change_all(
         self, change: Callable[[Owner], Awaitable[float]], per_minute: float, stop: asyncio.Event
