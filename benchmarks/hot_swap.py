@@ -49,8 +49,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=32, help="of each answer under PUTs")
     parser.add_argument("--short", type=int, default=2, help="tokens where the store is swapped")
     parser.add_argument("--swaps", type=float, default=2000, help="a minute")
-    parser.add_argument("--seconds", type=float, default=1.0, help="of each window")
-    parser.add_argument("--rounds", type=int, default=50, help="windows without swaps and with")
+    parser.add_argument("--seconds", type=float, default=3, help="of each window")
+    parser.add_argument("--rounds", type=int, default=20, help="windows without swaps and with")
     kinds = ("store", "put")
     parser.add_argument("--by", choices=kinds, nargs="+", default=kinds, help="swaps under load")
     parser.add_argument("--repeats", type=int, default=50, help="of single swaps")
@@ -213,11 +213,12 @@ def line(text: str, seconds: dict[str, float]) -> str:
 
 
 def load_lines(name: str, by: dict[str, Any]) -> list[str]:
+    still, swapped = by["tokens_per_second_without_swaps"], by["tokens_per_second_with_swaps"]
     return [
         line(f"a swap by {name} under load", by["swap"]),
-        f"swaps by {name}: {by['tokens_per_second_without_swaps']:.1f} tok/s without them, "
-        f"{by['tokens_per_second_with_swaps']:.1f} with {by['swaps_per_minute']:.0f} a minute: "
-        f"{by['throughput_lost']:.1%} lost (two standard errors {by['throughput_lost_margin']:.1%})",
+        f"swaps by {name}: {still:.1f} tok/s without them, {swapped:.1f} with "
+        f"{by['swaps_per_minute']:.0f} a minute: {by['throughput_lost']:.1%} lost "
+        f"(two standard errors: {by['throughput_lost_margin']:.1%})",
         f"{by['answers']} answers checked: {by['wrong_answers']} wrong, with "
         f"{by['wrong_tokens']} wrong tokens",
     ]

@@ -25,14 +25,13 @@ LEAD_SECONDS = 0.8  # before each window, in which the last one's versions are a
 class Owner:
     """A user's adapter name and every swap of it: (begun, ended, variant).
 
-    asked, published: when it last sent a request, and when a version was last published for it.
+    asked: it has sent a request since its last swap of those that wait for one.
     """
 
     name: str
     prompt: str
     swaps: list[tuple[float, float, int]] = field(default_factory=list)
-    asked: float = 0.0
-    published: float = -1.0
+    asked: bool = False
 
     def possible(self, answer: Answer) -> set[int]:
         """The variants that may have been current when the answer's request was taken in."""
@@ -106,7 +105,7 @@ class Load:
 
         async def stream(owner: Owner) -> None:
             while not stop.is_set():
-                owner.asked = time.monotonic()
+                owner.asked = True
                 answer = await self._client.ask(owner.name, owner.prompt, self._tokens)
                 answers.append((owner, answer))
                 started.add(owner.name)
@@ -135,7 +134,10 @@ class Load:
         publishing = None
         if swapping or self._elsewhere:
             change = self.swap if swapping else self._publish_unasked
-            publishing = asyncio.create_task(self._change_all(change, per_minute, stop))
+            if_asked = swapping and self._elsewhere
+            publishing = asyncio.create_task(
+                self._change_all(change, per_minute, stop, if_asked=if_asked)
+            )
         await asyncio.sleep(LEAD_SECONDS)
         before, began = await self._client.swaps(), time.monotonic()
         await asyncio.sleep(seconds)
@@ -144,9 +146,17 @@ class Load:
         return began, ended, swaps, await publishing if publishing else []
 
     async def _change_all(
-        self, change: Callable[[Owner], Awaitable[float]], per_minute: float, stop: asyncio.Event
+        self,
+        change: Callable[[Owner], Awaitable[float]],
+        per_minute: float,
+        stop: asyncio.Event,
+        *,
+        if_asked: bool,
     ) -> list[float]:
-        """Change owners in turn at the given rate, each owner's changes one after the other."""
+        """Change owners in turn at the given rate, each owner's changes one after the other.
+
+        if_asked: only those who have sent a request since their last change.
+        """
         took: list[float] = []
         locks = {owner.name: asyncio.Lock() for owner in self._owners}
         turns = itertools.cycle(self._owners)
@@ -159,19 +169,16 @@ class Load:
         async with asyncio.TaskGroup() as group:
             while not stop.is_set():
                 each = itertools.islice(turns, len(self._owners))
-                owner = next((o for o in each if self._is_due(o)), None)
+                owner = next((o for o in each if o.asked or not if_asked), None)
                 if owner is None:
                     await asyncio.sleep(DUE_SECONDS)
                     continue
-                owner.published = time.monotonic()
+                owner.asked = owner.asked and not if_asked
                 group.create_task(one(owner))
                 count += 1
                 due = began + count * 60 / per_minute
                 await asyncio.sleep(max(0.0, due - time.monotonic()))
         return took
-
-    def _is_due(self, owner: Owner) -> bool:
-        return not self._elsewhere or owner.asked > owner.published
 
     async def swap(self, owner: Owner) -> float:
         """Swap to the owner's next variant, as a version never seen before; seconds it took."""
