@@ -56,6 +56,8 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=50, help="of single swaps")
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
+    if options.rounds < 2:
+        parser.error(f"--rounds: found {options.rounds}, expected 2 or more, as they are compared")
     with tempfile.TemporaryDirectory() as folder:
         result = measure(options, Path(folder))
     result |= {"rank": options.rank, "batch": options.batch, "dtype": options.dtype, **machine()}
@@ -174,9 +176,7 @@ def under_load(run: Run) -> dict[str, Any]:
 
 
 def margin(values: list[float]) -> float:
-    """Two standard errors of their mean; that of one value is not known."""
-    if len(values) < 2:
-        return math.nan
+    """Two standard errors of their mean; of one value it is not known."""
     return 2 * statistics.stdev(values) / math.sqrt(len(values))
 
 
