@@ -176,7 +176,7 @@ def under_load(run: Run) -> dict[str, Any]:
 
 
 def margin(values: list[float]) -> float:
-    """Two standard errors of their mean; of one value it is not known."""
+    """Two standard errors of the mean of two values or more."""
     return 2 * statistics.stdev(values) / math.sqrt(len(values))
 
 
